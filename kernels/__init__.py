@@ -1,0 +1,1 @@
+"""How it is computed: one door per target. Importing this package imports no framework."""
