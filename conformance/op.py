@@ -25,7 +25,7 @@ from .case import Case, Operands, Problem, Stream
 
 __all__ = [
     "Constraint", "DomainError", "Expectation", "Family", "Flag", "Op", "Option", "ResolvedTensor", "Role", "TensorSpec",
-    "evaluate", "exactly", "make_problem", "parse_case", "parse_problem", "possible_options", "specs_of",
+    "evaluate", "exactly", "in_format", "make_problem", "outside_domain", "parse_case", "parse_problem", "possible_options", "specs_of",
     "tensors_of",
 ]
 
@@ -118,7 +118,9 @@ class Expectation:
     either_zero: bool = False
 
     def admits(self, codes: Codes, untouched: npt.NDArray[np.bool_] | None = None) -> npt.NDArray[np.bool_]:
-        """Which elements of `codes` (same shape) are admissible; `untouched` says which still hold the poison."""
+        """Which elements of `codes` (same shape) are admissible; `untouched` says which still hold the poison. A container that
+        holds more than a code of the format is admissible only where anything is."""
+        whole, codes = codes, in_format(codes, self.format)
         keys = order_key(codes, self.format)
         nan = is_nan(codes, self.format)
         lo, hi = self.lo, self.hi
@@ -131,6 +133,7 @@ class Expectation:
             for index, codes_ok in self.sparse.items():
                 flat_ok[index] = int(flat_codes[index]) in codes_ok
             ok = flat_ok.reshape(codes.shape)
+        ok &= whole == codes
         ok |= (self.flags & Flag.FREE) != 0
         must_stay = (self.flags & Flag.UNTOUCHED) != 0
         if must_stay.any():
@@ -140,6 +143,13 @@ class Expectation:
     def example(self) -> Codes:
         """One admissible code per element (the middle of the interval), for mutants and displays."""
         return code_of_key((self.lo + self.hi) // 2, self.format)
+
+
+def in_format(codes: Codes, format: Format) -> Codes:
+    """The low bits of each container that make a code of the format."""
+    if format.bits == 8 * codes.dtype.itemsize:
+        return codes
+    return np.asarray(codes & codes.dtype.type((1 << format.bits) - 1))
 
 
 def exactly(codes: Codes, format: Format, *, nan_any: bool = True, free: npt.NDArray[np.bool_] | None = None) -> Expectation:
@@ -214,7 +224,7 @@ class Op:
         return self.program is not None and "n" in self.dims
 
 
-_FUNCTIONS = {"ceil": lambda n, d: -(-n // d), "min": min, "max": max}
+_FUNCTIONS: dict[str, Callable[..., Any]] = {"ceil": lambda n, d: -(-n // d), "min": min, "max": max}
 _BINARY: dict[type, Callable[[Any, Any], Any]] = {
     ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.FloorDiv: operator.floordiv,
     ast.Mod: operator.mod, ast.Pow: operator.pow,
@@ -310,10 +320,18 @@ def make_problem(op: Op, variant: str, dims: Mapping[str, int], options: Mapping
         op.name, variant, tuple((letter, int(dims[letter])) for letter in op.dims),
         tuple((option.name, chosen[option.name]) for option in op.options), tuple(option.tokens[0] for option in op.options),
     )
+    broken = outside_domain(op, problem)
+    if broken:
+        raise DomainError(broken)
+    return problem
+
+
+def outside_domain(op: Op, problem: Problem) -> str | None:
+    """The first constraint that a problem breaks, as a sentence with its clause; None where the contract admits it."""
     for constraint in op.constraints:
         if not evaluate(constraint.expression, _names(problem)):
-            raise DomainError(f"{problem}: the contract requires {constraint.expression} (clause {constraint.clause})")
-    return problem
+            return f"{problem}: the contract requires {constraint.expression} (clause {constraint.clause})"
+    return None
 
 
 def parse_problem(text: str, ops: Mapping[str, Op], *, check: bool = True) -> Problem:

@@ -1,0 +1,242 @@
+"""From a declaration to what a GEMM may output: admissible intervals, the power of a case, and large cases by sample.
+
+Decides: the expectation of every GEMM output, whether a declaration is one of this op at all, and which faults a case would
+have shown. Refuses: declarations that compute something else than the op, and scalar tolerances.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from lowbit.references.datapaths import DATAPATHS, Family
+from lowbit.references.declarations import Claim, Contraction, Declaration, Order, Step, StepKind, signature
+from lowbit.references.formats import Codes, Format, Reals, code_of_key, container, decode, is_nan, order_key
+from lowbit.references.interpret import Interval, bound, emulate, ideal
+from lowbit.references.rounding import Overflow, Rounding, encode
+
+from .case import Case, Operands, Problem, Stream, Tensor
+from .op import Expectation, Flag, Op, Role, specs_of, tensors_of
+
+__all__ = [
+    "FAULTS", "SAMPLE_PRODUCTS", "Sample", "check_declaration", "gemm_expect", "power", "restrict", "sample_of", "to_expectation",
+]
+
+SAMPLE_PRODUCTS = 1 << 27
+"""Products above which a bounded case is judged on a sample of rows and columns."""
+
+
+def to_expectation(interval: Interval, fmt: Format, exact: Reals | None = None) -> Expectation:
+    """The expectation of an interval whose ends are values of `fmt` already (the program ended in a cast to it)."""
+    lo = order_key(encode(interval.lo, fmt, Rounding.RNE, Overflow.SPECIAL), fmt)
+    hi = lo if interval.hi is interval.lo else order_key(encode(interval.hi, fmt, Rounding.RNE, Overflow.SPECIAL), fmt)
+    flags = np.zeros(lo.shape, dtype=np.uint8)
+    flags[interval.nan] |= np.uint8(Flag.NAN_REQUIRED)
+    flags[interval.maybe_nan] |= np.uint8(Flag.NAN_OK)
+    return Expectation(fmt, lo, hi, flags, {}, exact, either_zero=True)
+
+
+def gemm_expect(op: Op, case: Case, operands: Operands, declaration: Declaration) -> dict[str, Expectation]:
+    """Expectation of the output `d` [M, N]: the emulated bits under a bit-exact claim, otherwise the derived interval."""
+    assert op.environment is not None
+    environment = op.environment(case.problem, operands)
+    evaluate = emulate if declaration.claim is Claim.BIT_EXACT else bound
+    output = next(spec for spec in tensors_of(op, case.problem) if spec.role is Role.OUTPUT)
+    return {output.name: to_expectation(evaluate(declaration, environment), output.format, ideal(declaration, environment))}
+
+
+# Declarations --------------------------------------------------------------------------------------------------------
+
+
+def _accumulator_bits(contraction: Contraction) -> int:
+    path = contraction.datapath
+    bits = min(path.output_bits, path.fraction_bits + 1) if path.fraction_bits else path.output_bits
+    return min(bits, contraction.running.precision) if contraction.segment else bits
+
+
+def _step_bits(program: tuple[Contraction | Step, ...]) -> int:
+    steps = [item for item in program[:-1] if isinstance(item, Step)]
+    inner = [step for item in program if isinstance(item, Contraction) for step in item.steps]
+    return min([step.format.precision for step in (*steps, *inner)], default=53)
+
+
+def check_declaration(op: Op, problem: Problem, declaration: Declaration) -> tuple[str, str]:
+    """(what is wrong, class). The first is empty for a declaration of this op; the class is "as the contract", or says what
+    is looser than the contract's minimum. Clauses DEC-1 to DEC-4."""
+    if op.program is None:
+        wrong = "" if declaration.claim is Claim.BIT_EXACT else "the op fixes every bit: declare EXACT_BITS (clause DEC-1)"
+        return wrong, "as the contract"
+    if not declaration.program:
+        return "the program is empty; a GEMM declares its contractions and steps (clause DEC-1)", ""
+    normative = op.program(problem, DATAPATHS["ieee_f32"])
+    if signature(declaration.program) != signature(normative):
+        got, want = " ".join(signature(declaration.program)), " ".join(signature(normative))
+        return f"the declared program computes {got}, the contract {want} (clause DEC-2)", ""
+    output = next(spec for spec in tensors_of(op, problem) if spec.role is Role.OUTPUT)
+    last = declaration.program[-1]
+    if not isinstance(last, Step) or last.kind is not StepKind.CAST or last.format is not output.format:
+        return f"the program must end in a cast to {output.format} (clause DEC-3)", ""
+    contractions = [item for item in declaration.program if isinstance(item, Contraction)]
+    if any(c.steps and not c.segment for c in contractions):
+        return "steps inside a contraction belong to segments of K; give `segment` (clause DEC-1)", ""
+    if declaration.claim is Claim.BIT_EXACT:
+        loose = [c for c in contractions if c.order is Order.UNKNOWN and c.datapath.family is not Family.INTEGER]
+        if loose:
+            return "a bit-exact claim needs a known order of K (clause DEC-4)", ""
+    bits = min(_accumulator_bits(c) for c in contractions)
+    looser = []
+    if op.minimum_bits and bits < op.minimum_bits:
+        looser.append(f"accumulator of {bits} bits, the contract's minimum is {op.minimum_bits}")
+    steps = _step_bits(declaration.program)
+    if steps < min(24, _step_bits(normative)):
+        looser.append(f"steps of {steps} significand bits, the contract's are {_step_bits(normative)}")
+    return "", "; ".join(looser) or "as the contract"
+
+
+# Samples of large cases ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """Rows and columns of D that are judged: their product holds at least one element of every 64 x 64 tile and all tile
+    corners."""
+
+    rows: npt.NDArray[np.int64]
+    columns: npt.NDArray[np.int64]
+    shape: tuple[int, int]
+
+    def statement(self) -> str:
+        """What the sample can miss, in one sentence."""
+        share = self.rows.size * self.columns.size / max(1, self.shape[0] * self.shape[1])
+        count = self.rows.size * self.columns.size
+        missed = 1.0 - 0.01 ** (1.0 / max(1, count))
+        return (
+            f"{self.rows.size} rows x {self.columns.size} columns of {self.shape[0]} x {self.shape[1]} ({share:.2%}); scattered faults of a rate "
+            f"above {missed:.1e} are missed with 1 % probability; every 64 x 64 tile-aligned rectangle is hit"
+        )
+
+
+def _picked(size: int, stream: Stream) -> npt.NDArray[np.int64]:
+    starts = np.arange(0, size, 64)
+    ends = np.minimum(starts + 63, size - 1)
+    inside = starts + stream.integers(0, 63, starts.shape) % (ends - starts + 1)
+    return np.unique(np.concatenate([starts, ends, inside]))
+
+
+def sample_of(case: Case, limit: int = SAMPLE_PRODUCTS) -> Sample | None:
+    """The seeded sample of a case whose products pass `limit`; None where every element is judged."""
+    dims = dict(case.problem.dims)
+    m, n, k = dims.get("m", 0), dims.get("n", 0), dims.get("k", 0)
+    if m * n * k <= limit or "e" in dims:
+        return None
+    return Sample(_picked(m, Stream(case, "rows")), _picked(n, Stream(case, "columns")), (m, n))
+
+
+def _shared(codes: Codes, axis: int, columns: Codes | slice, n: int) -> Codes:
+    """Block scales that 128 columns share: whole blocks where the columns are, otherwise one row per column kept."""
+    if isinstance(columns, slice):
+        start, stop, _ = columns.indices(n)
+        if start % 128 == 0 and (stop % 128 == 0 or stop == n):
+            return codes.take(np.arange(start // 128, -(-stop // 128)), axis=axis)
+    return np.repeat(codes, 128, axis=axis).take(np.arange(n)[columns], axis=axis)
+
+
+def restrict(op: Op, problem: Problem, operands: Operands, rows: Codes | slice, columns: Codes | slice) -> tuple[Problem, Operands]:
+    """The same problem for some rows of A and some rows of W. Tensors are cut along the axes whose size is `m` or `n`."""
+    tensors = {}
+    names = {spec.name: spec for spec in specs_of(op, problem)}
+    for name, tensor in operands.items():
+        codes = tensor.codes
+        for axis, text in enumerate(names[name].shape):
+            if text == "m":
+                codes = codes[(slice(None),) * axis + (rows,)]
+            elif text == "n":
+                codes = codes[(slice(None),) * axis + (columns,)]
+            elif text == "ceil(n, 128)":
+                codes = _shared(codes, axis, columns, dict(problem.dims)["n"])
+        tensors[name] = Tensor(np.ascontiguousarray(codes), tensor.format)
+    dims = dict(problem.dims)
+    kept = {letter: np.arange(dims[letter])[part].size for letter, part in (("m", rows), ("n", columns)) if letter in dims}
+    cut = tuple((letter, kept.get(letter, size)) for letter, size in problem.dims)
+    return Problem(problem.op, problem.variant, cut, problem.options, problem.defaults), Operands(tensors)
+
+
+# Power ---------------------------------------------------------------------------------------------------------------
+
+FAULTS = ("zero_output", "k_block_dropped", "scale_step", "weight_step", "bias_dropped", "lora_dropped")
+"""Fault classes whose trace each bounded case is searched for."""
+
+
+def _stepped(codes: Codes, fmt: Format, place: tuple[int, ...]) -> Codes:
+    """A copy with the code at `place` moved one step up in the order of values, or down from the top."""
+    changed = codes.copy()
+    key = order_key(codes[place].reshape(1), fmt)
+    up = code_of_key(key + 1, fmt)
+    top = order_key(np.array([fmt.max_code], dtype=container(fmt)), fmt)
+    changed[place] = (code_of_key(key - 1, fmt) if key >= top or is_nan(up, fmt).any() else up)[0]
+    return changed
+
+
+def _replace(operands: Operands, name: str, codes: Codes) -> Operands:
+    tensors = dict(operands.tensors)
+    tensors[name] = Tensor(codes, tensors[name].format)
+    return Operands(tensors)
+
+
+def _faulty(op: Op, case: Case, operands: Operands) -> dict[str, Operands]:
+    """Operands that a faulty kernel would have used, per fault class that the problem admits."""
+    found: dict[str, Operands] = {}
+    a, w = operands["a"].codes, operands["w"].codes
+    k = a.shape[-1]
+    values = np.abs(np.nan_to_num(decode(a, operands["a"].format), nan=0.0, posinf=0.0, neginf=0.0)).reshape(-1, k)
+    live = np.flatnonzero(values.any(axis=0))
+    if not live.size:
+        return found
+    place = int(live[live.size // 2])
+    width = 32 if k >= 64 else max(1, k // 2)
+    block = a.copy()
+    block[..., place // width * width : place // width * width + width] = 0
+    found["k_block_dropped"] = _replace(operands, "a", block)
+    row = (0,) * (w.ndim - 1)
+    found["weight_step"] = _replace(operands, "w", _stepped(w, operands["w"].format, (*row, place)))
+    for name in ("group_scale", "w_scale", "scale"):
+        if name in operands:
+            scales = operands[name]
+            groups = scales.codes.shape[-1]
+            index = (*((0,) * (scales.codes.ndim - 1)), place * groups // k)
+            if groups and not is_nan(scales.codes[index].reshape(1), scales.format).any():
+                found["scale_step"] = _replace(operands, name, _stepped(scales.codes, scales.format, index))
+    for name, fault in (("bias", "bias_dropped"), ("lora_act", "lora_dropped")):
+        if name in operands and operands[name].codes.size:
+            found[fault] = _replace(operands, name, np.zeros_like(operands[name].codes))
+    return found
+
+
+def _outside(values: Reals, expectation: Expectation) -> bool:
+    codes = encode(values, expectation.format, Rounding.RNE, Overflow.SPECIAL)
+    return bool((~expectation.admits(codes)).any())
+
+
+def power(op: Op, case: Case, operands: Operands, declaration: Declaration, expectation: Expectation) -> Mapping[str, bool]:
+    """Fault class -> whether the exact result with that fault leaves the admissible set somewhere. Classes that the problem
+    does not have, or whose fault changes nothing over the reals, are left out."""
+    assert op.environment is not None
+    exact = expectation.exact
+    if exact is None or exact.size == 0:
+        return {}
+    shown: dict[str, bool] = {}
+    if np.nan_to_num(exact).any():
+        zeros = np.zeros(exact.shape, dtype=container(expectation.format))
+        shown["zero_output"] = bool((~expectation.admits(zeros)).any())
+    for fault, faulty in _faulty(op, case, operands).items():
+        exactly = op.exact(case.problem, faulty, declaration) if op.exact else None
+        values = ideal(declaration, op.environment(case.problem, faulty)) if exactly is None else exactly
+        with np.errstate(invalid="ignore"):
+            if np.any(values != exact):
+                shown[fault] = _outside(values, expectation)
+    return shown
+
+
