@@ -32,6 +32,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from . import waivers as waivers_module
 from .case import Case, Operands
+from .selection import FIXED_GROUPS
 from .verdict import FAILING, PASSING, Execution, Status, Verdict
 from .waivers import Waiver
 
@@ -541,7 +542,8 @@ def _coverage(verdicts: Sequence[Verdict], codes: tuple[CodeCoverage, ...]) -> C
                 row[dims[letter] % modulus] += 1
         if op.startswith("gemm_"):
             ks += [dims["k"]] if "k" in dims else []
-            long_k[op] += "k" in dims and "g" in dims and dims["k"] > dims["g"] ** 2
+            group = dims.get("g", 0 if (op, variant) == ("gemm_w8a8_fp8", "scaled") else FIXED_GROUPS.get(op, 0))
+            long_k[op] += bool(group) and dims.get("k", 0) > group**2
     return CoverageRecord(
         codes,
         {op: {name: tuple(row) for name, row in sorted(rows.items())} for op, rows in sorted(residues.items())},

@@ -6,6 +6,7 @@ Decides: the status of a case from the bytes read back. Refuses: to skip. Every 
 from __future__ import annotations
 
 import hashlib
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -16,7 +17,7 @@ import numpy.typing as npt
 from lowbit.references.formats import Codes, Reals, code_of_key, decode, is_nan, order_key
 from lowbit.references.rounding import Overflow, Rounding, encode
 
-from .op import Expectation, Flag
+from .op import Expectation, Flag, in_format
 
 __all__ = [
     "FAILING", "PASSING", "Execution", "Judgement", "Kernel", "Status", "Verdict", "Worst", "digest_outputs", "judge_outputs",
@@ -104,13 +105,15 @@ class Verdict:
     seconds: float = 0.0
     heat: tuple[tuple[float, ...], ...] = ()  # worst share per cell of a grid over the output, for failing and worst cases
     declared: str = ""  # class of the declaration: "as the contract", or what is looser
+    source: str = ""  # file of the weights, in the lane of real weights
     output_sha256: str = ""  # digest over the output codes, in order of tensor name
 
     @property
     def repro(self) -> str:
         """The shell line that runs this case again."""
         tactic = f" --tactic {self.tactic}" if self.tactic != "default" else ""
-        return f"lowbit run '{self.case}' --backend {self.backend}{tactic}"
+        source = f" --tensors {shlex.quote(self.source)}" if self.source else ""
+        return f"lowbit run '{self.case}' --backend {shlex.quote(self.backend)}{tactic}{source}"
 
 
 _GRID = 24
@@ -216,6 +219,7 @@ def judge_outputs(
     for name, expectation in expectations.items():
         codes = outputs[name]
         ok = expectation.admits(codes, untouched.get(name))
+        codes = in_format(codes, expectation.format)
         wrong += int((~ok).sum())
         judged += codes.size
         pointed &= not expectation.sparse and bool((expectation.lo == expectation.hi).all())

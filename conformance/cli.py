@@ -1,0 +1,511 @@
+"""The `lowbit` command. Each verb is a thin door: it parses, calls one room, prints, and ends with a documented code.
+
+Decides: what a person sees on a terminal and which exit code follows from it. Refuses: tracebacks as messages. Every error a
+user can cause is one sentence; a defect of lowbit itself saves its traceback and says where.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from . import report as reports
+from . import waivers as waivers_room
+from .backend import BackendError, backend_names, find_backend
+from .exit_codes import ExitCode
+from .op import DomainError
+from .ops import ops
+from .report import MergeError, OutputError, ReportError
+from .selection import CONTRACT, case_list
+from .verdict import FAILING, PASSING, Status, Verdict
+from .waivers import WaiverError
+from .worker import WorkerError
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    name="lowbit", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
+    help="Validate and certify low-bit matrix kernels (int4, NVFP4, fp8) against a written contract.",
+    epilog="Exit codes: 0 done, 1 failed, 2 usage, 3 bad input file, 4 nothing to certify, 5 not writable, 6 defect of lowbit.",
+)
+
+_out = Console(highlight=False, soft_wrap=True)
+_err = Console(stderr=True, highlight=False, soft_wrap=True)
+_WITHOUT_OUTPUT = (Status.UNSUPPORTED, Status.RAISED, Status.CRASHED, Status.TIMEOUT)
+_COLOUR = {Status.EXACT: "green", Status.WITHIN: "green", Status.UNSUPPORTED: "dim", Status.WAIVED: "yellow"}
+
+JsonOption = Annotated[Path | None, typer.Option("--json", help="Also write the figures to this file as JSON.")]
+BackendOption = Annotated[str, typer.Option("--backend", "-b", help="Backend: NAME, NAME:ARGUMENT or python:FILE.py:ATTRIBUTE.")]
+
+
+class Stop(Exception):
+    """An end with a code and, unless empty, one sentence."""
+
+    def __init__(self, code: ExitCode, message: str = "") -> None:
+        super().__init__(message)
+        self.code, self.message = code, message
+
+
+def _write_json(path: Path | None, data: Any) -> None:
+    if path is not None:
+        reports.prepare_folder(path.resolve().parent)
+        reports.write_atomically(path, json.dumps(data, indent=1, sort_keys=True) + "\n")
+
+
+# list ----------------------------------------------------------------------------------------------------------------
+
+
+@app.command("list")
+def list_(
+    what: Annotated[str, typer.Argument(help="ops, cases, backends, datapaths, recipes or layouts")] = "ops",
+    op: Annotated[str, typer.Option(help="For cases: only this op.")] = "",
+    json_path: JsonOption = None,
+) -> None:
+    """List what there is: ops, cases, backends, datapaths, recipes, layouts."""
+    from lowbit.references.datapaths import DATAPATHS
+    from lowbit.references.layouts import LAYOUTS
+    from lowbit.references.recipes import RECIPES
+
+    rooms: dict[str, Any] = {
+        "ops": lambda: [(o.name, o.formula, ", ".join(o.variants), str(len(o.patterns))) for o in ops().values()],
+        "cases": lambda: [(str(item.case), item.lane, f"L{item.level}") for name in _names(op) for item in case_list(ops()[name])],
+        "backends": lambda: [(name, *_about(name)) for name in backend_names()],
+        "datapaths": lambda: [
+            (p.name, p.family.name, str(p.products), str(p.fraction_bits), str(p.output_bits), p.evidence.name.lower(), p.source)
+            for p in DATAPATHS.values()
+        ],
+        "recipes": lambda: [(name, recipe.source) for name, recipe in RECIPES.items()],
+        "layouts": lambda: [(name, layout.source) for name, layout in LAYOUTS.items()],
+    }
+    heads = {
+        "ops": ("op", "formula", "variants", "patterns"), "cases": ("case", "lane", "level"),
+        "backends": ("backend", "target", "status"),
+        "datapaths": ("datapath", "family", "products", "fraction bits", "output bits", "evidence", "source"),
+        "recipes": ("recipe", "source"), "layouts": ("layout", "source"),
+    }
+    if what not in rooms:
+        raise Stop(ExitCode.USAGE, f"lowbit list {what}: unknown; list one of {', '.join(rooms)}")
+    rows = rooms[what]()
+    _write_json(json_path, [dict(zip(heads[what], row, strict=True)) for row in rows])
+    if what == "cases":
+        for row in rows:
+            print("\t".join(row))
+        return
+    table = Table(*heads[what], box=None, pad_edge=False)
+    for row in rows:
+        table.add_row(*row)
+    _out.print(table)
+
+
+def _names(op: str) -> Sequence[str]:
+    if op and op not in ops():
+        raise DomainError(f"unknown op {op!r}; the ops are {', '.join(ops())}")
+    return (op,) if op else tuple(ops())
+
+
+def _about(name: str) -> tuple[str, str]:
+    try:
+        backend = find_backend(name)
+    except BackendError as error:
+        return "", str(error)
+    return str(backend.target), "ready"
+
+
+# certify -------------------------------------------------------------------------------------------------------------
+
+
+def _shard(text: str) -> tuple[int, int]:
+    first, _, last = text.partition("/")
+    if not (first.isdigit() and last.isdigit() and 1 <= int(first) <= int(last)):
+        raise Stop(ExitCode.USAGE, f"--shard {text}: expected i/n with 1 <= i <= n, for example 2/4")
+    return int(first), int(last)
+
+
+def _level(text: str) -> int:
+    if text.upper() not in ("L0", "L1", "L2", "L3"):
+        raise Stop(ExitCode.USAGE, f"--level {text}: expected L0, L1, L2 or L3 (L4 is not part of this release)")
+    return int(text[1:])
+
+
+@contextmanager
+def _progress(total: int, title: str) -> Iterator[Any]:
+    """Calls `step(label)` per case: a bar on a terminal, a plain line every few seconds elsewhere."""
+    if _err.is_terminal:
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+        with Progress(*columns, console=_err, transient=True) as bar:
+            task = bar.add_task(title, total=total)
+            yield lambda label: bar.update(task, advance=1, description=f"{title} {label}")
+        return
+    state = {"done": 0, "last": time.monotonic()}
+
+    def step(label: str) -> None:
+        state["done"] += 1
+        if time.monotonic() - state["last"] > 10:
+            state["last"] = time.monotonic()
+            _err.print(f"{title}: {state['done']:,.0f} of {total:,} cases, now {label}")
+
+    yield step
+
+
+def _headline(verdict: Verdict, where: str = "") -> Text:
+    """Status in its colour, case, place, and the tactic where it is not the only one. A Text: ids are no markup."""
+    tactic = f" [{verdict.tactic}]" if verdict.tactic != "default" else ""
+    return Text.assemble((str(verdict.status), _COLOUR.get(verdict.status, "red")), f" {verdict.case}{where}{tactic}")
+
+
+def _show(verdict: Verdict) -> None:
+    """A failing verdict as three lines: what, why, how to see it again."""
+    _err.print(_headline(verdict))
+    _err.print(f"  {verdict.reason}" + (f" (clause {verdict.clause})" if verdict.clause else ""), markup=False)
+    if verdict.worst is not None and verdict.wrong:
+        w = verdict.worst
+        _err.print(f"  worst: {w.tensor}{list(w.index)} got {w.got} ({w.value}), expected {w.lo}..{w.hi}, exact {w.exact or 'n/a'}", markup=False)
+    _err.print(f"  {verdict.repro}", markup=False)
+
+
+def _for_target(target: str) -> str:
+    """The backend of a target. Stops with code 4 where there is none."""
+    found = []
+    for name in backend_names():
+        try:
+            if find_backend(name).target == target:
+                found.append(name)
+        except BackendError:
+            continue
+    if not found:
+        raise Stop(
+            ExitCode.NOTHING_TO_CERTIFY,
+            f"target {target}: nothing to certify, because this release ships no backend for it and none is installed; a backend registers "
+            "under the entry-point group lowbit.backends (docs/backends.md)",
+        )
+    return found[0]
+
+
+@app.command()
+def certify(
+    backend: Annotated[str, typer.Argument(help="Backend: NAME, NAME:ARGUMENT or python:FILE.py:ATTRIBUTE.")] = "",
+    level: Annotated[str, typer.Option(help="Highest level to ask for: L0 to L3.")] = "L2",
+    ops_: Annotated[str, typer.Option("--ops", help="Only these ops, comma separated.")] = "",
+    shard: Annotated[str, typer.Option(help="Run part i of n of the case list; `lowbit merge` joins the reports.")] = "1/1",
+    out: Annotated[Path, typer.Option(help="Folder for report.json, report.html, junit.xml.")] = Path("reports/run"),
+    target: Annotated[str, typer.Option(help="Certify the backend of this target (cuda, ascend, rocm, xpu, cpu).")] = "",
+    waivers: Annotated[Path | None, typer.Option(help="Waiver file (TOML).")] = None,
+    tensors: Annotated[str, typer.Option(help="FILE.safetensors[:GLOB]: add a lane of real weights.")] = "",
+    per_op: Annotated[int, typer.Option(help="Drawn cases per op.")] = 170,
+    timeout: Annotated[float, typer.Option(help="Seconds a case may take.")] = 60.0,
+    repeats: Annotated[int, typer.Option(help="Repeats of a stability case (L3).")] = 100,
+    require_device: Annotated[bool, typer.Option("--require-device", help="Fail unless every claimed op ran on the device.")] = False,
+    resume: Annotated[bool, typer.Option(help="Keep the verdicts of a killed run in --out.")] = False,
+    strength: Annotated[Path | None, typer.Option(help="Figures of `lowbit mutants --json` to show in the report.")] = None,
+    json_path: JsonOption = None,
+) -> None:
+    """Judge a backend on every case of a level and write a report."""
+    from . import html, junit, run
+
+    if not backend and not target:
+        raise Stop(ExitCode.USAGE, "certify needs a backend, for example `lowbit certify cpu`, or --target")
+    backend = backend or _for_target(target)
+    plan = run.Plan(
+        backend, _level(level), tuple(name for name in ops_.split(",") if name), _shard(shard), per_op, timeout, (), repeats,
+        tuple(waivers_room.read(waivers)) if waivers else (), tensors,
+    )
+    power = _strength(strength) if strength else None
+    for folder in (out, *((json_path.resolve().parent,) if json_path else ())):
+        reports.prepare_folder(folder)
+    partial = out / "verdicts.jsonl"
+    done = reports.load_partial(partial) if resume and partial.exists() else ()
+    progress: dict[str, Any] = {}
+
+    def start(total: int, session: Any) -> None:
+        if not resume:
+            partial.unlink(missing_ok=True)
+        progress["context"] = _progress(total, f"certify {session.name} {level}")
+        progress["step"] = progress["context"].__enter__()
+
+    def verdict(found: Verdict) -> None:
+        reports.append_verdict(partial, found)
+        progress["step"](found.case.split("/")[0])
+        if found.status in FAILING:
+            _show(found)
+
+    try:
+        result = run.certify(plan, on_start=start, on_verdict=verdict, done=done, strength=power)
+    finally:
+        if "context" in progress:
+            progress["context"].__exit__(None, None, None)
+    reports.write_atomically(out / "report.json", reports.to_json(result))
+    reports.write_atomically(out / "junit.xml", junit.junit(result))
+    reports.write_atomically(out / "report.html", html.page(result))
+    partial.unlink(missing_ok=True)
+    _summary(result, out)
+    _write_json(json_path, _figures(result))
+    _end(result, require_device)
+
+
+def _strength(path: Path) -> reports.Strength:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+        killed_by = {str(name): tuple(map(str, lanes)) for name, lanes in data["killed_by"].items()}
+        return reports.Strength(killed_by, int(data["variants"]), int(data["false_alarms"]))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ReportError(f"{path} does not hold the figures of `lowbit mutants --json` ({type(error).__name__}: {error})") from error
+
+
+def _figures(result: reports.Report) -> dict[str, Any]:
+    return {
+        "backend": result.subject.reference, "contract": result.contract, "level": result.level_granted, "statuses": dict(result.totals.statuses),
+        "cases": result.totals.cases, "seconds": result.run.seconds, "products": result.coverage.products, "median_k": result.coverage.median_k,
+        "problems": dict(result.coverage.problems), "long_k": dict(result.coverage.long_k), "peak_bytes": result.peak_bytes,
+    }
+
+
+def _summary(result: reports.Report, out: Path) -> None:
+    counts = ", ".join(f"{number:,} {status}" for status, number in sorted(result.totals.statuses.items()) if number)
+    granted = "no level" if result.level_granted is None else f"level L{result.level_granted}"
+    _out.print(f"{result.subject.name}: {granted} granted, contract {result.contract}, {reports.where_executed(result.verdicts)}", markup=False)
+    _out.print(f"  {counts}; {result.totals.cases:,} cases, {result.coverage.products:,} products, {result.run.seconds:,.0f} s", markup=False)
+    for row in result.levels:
+        if row.outcome == "refused":
+            for reason in row.reasons[:8]:
+                _out.print(f"  L{row.level} {row.name} refused: {reason}", markup=False)
+    _out.print(f"  report: {out / 'report.html'}", markup=False)
+
+
+def _end(result: reports.Report, require_device: bool) -> None:
+    failed = any(verdict.status in FAILING for verdict in result.verdicts)
+    owed = waivers_room.findings(result.verdicts, result.waivers, result.manifest.cases, datetime.now(timezone.utc).date())
+    if failed or owed:
+        raise Stop(ExitCode.FAILED, "; ".join(owed))
+    if not any(verdict.status in PASSING for verdict in result.verdicts):
+        raise Stop(ExitCode.NOTHING_TO_CERTIFY, "no case was judged: the backend supports none of the selected problems")
+    if require_device and reports.unexecuted(result):
+        missing = ", ".join(reports.unexecuted(result))
+        raise Stop(ExitCode.NOTHING_TO_CERTIFY, f"--require-device: not executed on the device: {missing}")
+    whole = result.run.shard == (1, 1)
+    if whole and result.level_granted != result.level_requested:
+        raise Stop(ExitCode.FAILED, f"level L{result.level_requested} was asked for and is not granted; the report says why")
+
+
+# one case ------------------------------------------------------------------------------------------------------------
+
+
+@app.command("run")
+def run_(
+    case: Annotated[str, typer.Argument(help="A case id.")], backend: BackendOption = "cpu",
+    tactic: Annotated[str, typer.Option(help="Only this tactic.")] = "",
+    bundle: Annotated[Path | None, typer.Option(help="Write operands, outputs and expectation to this file.")] = None,
+    timeout: Annotated[float, typer.Option(help="Seconds the case may take.")] = 60.0,
+    tensors: Annotated[str, typer.Option(help="FILE.safetensors[:GLOB] of a case of real weights.")] = "",
+    json_path: JsonOption = None,
+) -> None:
+    """Run one case on a backend and print its verdict."""
+    from . import bundle as bundles
+    from . import run
+
+    if bundle is not None:
+        bundles.bundled(case)
+        reports.prepare_folder(bundle.resolve().parent)
+    found = run.run_one(case, backend, tactic=tactic, timeout=timeout, source=tensors)
+    if not found:
+        raise Stop(ExitCode.USAGE, f"{backend} has no tactic {tactic!r} for this case")
+    for verdict in found:
+        _print_verdict(verdict)
+    shown = next((verdict for verdict in found if verdict.status in FAILING), found[0])
+    if bundle is not None and shown.status in _WITHOUT_OUTPUT:
+        _out.print(f"no bundle: {shown.status} leaves no output to store", markup=False)
+    elif bundle is not None:
+        bundles.record(case, backend, shown.tactic, bundle, timeout=timeout)
+        _out.print(f"bundle: {bundle}", markup=False)
+    _write_json(json_path, [json.loads(reports.verdict_json(verdict)) for verdict in found])
+    _end_verdicts(found)
+
+
+def _print_verdict(verdict: Verdict) -> None:
+    _out.print(_headline(verdict, f" on {verdict.backend}"))
+    for line in (verdict.reason, verdict.sample):
+        if line:
+            _out.print(f"  {line}", markup=False)
+    if verdict.worst is not None:
+        w = verdict.worst
+        share = f", {w.share:.1%} of the bound" if w.share is not None else ""
+        _out.print(f"  worst {w.tensor}{list(w.index)}: got {w.got} = {w.value}, admissible {w.lo}..{w.hi}, exact {w.exact or 'n/a'}{share}", markup=False)
+    if verdict.power:
+        shown = ", ".join(f"{name} {'shown' if seen else 'NOT shown'}" for name, seen in verdict.power.items())
+        _out.print(f"  power: {shown}", markup=False)
+    if verdict.kernel:
+        _out.print(f"  kernel: {verdict.kernel} ({verdict.kernel_source})", markup=False)
+    if verdict.status in FAILING:
+        _out.print(f"  {verdict.repro}", markup=False)
+
+
+def _end_verdicts(found: Sequence[Verdict]) -> None:
+    if any(verdict.status in FAILING for verdict in found):
+        raise Stop(ExitCode.FAILED)
+    if all(verdict.status is Status.UNSUPPORTED for verdict in found):
+        raise Stop(ExitCode.NOTHING_TO_CERTIFY, "the backend does not support this problem")
+
+
+@app.command()
+def explain(
+    source: Annotated[str, typer.Argument(help="A case id or a bundle file.")],
+    element: Annotated[str, typer.Argument(help="ROW,COL of the output.")],
+    backend: BackendOption = "cpu", tactic: Annotated[str, typer.Option(help="Tactic to explain.")] = "default",
+    terms: Annotated[int, typer.Option(help="Largest terms to print.")] = 8, json_path: JsonOption = None,
+) -> None:
+    """Explain one output element: exact terms, bound, where it diverges, both candidate roundings."""
+    from . import explain as room
+
+    found = room.explain(source, element, backend, tactic, terms)
+    _out.print(room.to_text(found), markup=False)
+    _write_json(json_path, room.to_data(found))
+
+
+@app.command()
+def reduce(
+    case: Annotated[str, typer.Argument(help="A failing case id.")], backend: BackendOption = "cpu",
+    tactic: Annotated[str, typer.Option(help="Only this tactic.")] = "default",
+    timeout: Annotated[float, typer.Option(help="Seconds a try may take.")] = 60.0, json_path: JsonOption = None,
+) -> None:
+    """Find the smallest case that still fails in the same way."""
+    from . import reduce as room
+
+    found = room.reduce(case, backend, tactic=tactic, timeout=timeout, on_step=lambda line: _err.print(line, markup=False))
+    _out.print(room.to_text(found), markup=False)
+    _write_json(json_path, room.to_data(found))
+    raise Stop(ExitCode.FAILED)
+
+
+@app.command()
+def replay(bundle: Annotated[Path, typer.Argument(help="A bundle file.")], json_path: JsonOption = None) -> None:
+    """Judge the outputs stored in a bundle again, without the backend."""
+    from . import bundle as bundles
+
+    verdict = bundles.replay(bundle)
+    _print_verdict(verdict)
+    _write_json(json_path, json.loads(reports.verdict_json(verdict)))
+    _end_verdicts([verdict])
+
+
+# reports -------------------------------------------------------------------------------------------------------------
+
+
+@app.command()
+def diff(before: Path, after: Path, json_path: JsonOption = None) -> None:
+    """Verdicts and output bits that changed between two reports."""
+    changes = reports.diff(reports.load(before), reports.load(after))
+    for change in changes:
+        _out.print(f"{change.kind} {change.case} [{change.tactic}] {change.before} -> {change.after}", markup=False)
+    _out.print(f"{len(changes)} changes", markup=False)
+    _write_json(json_path, [asdict(change) for change in changes])
+    if changes:
+        raise Stop(ExitCode.FAILED)
+
+
+@app.command()
+def verify(report: Path, json_path: JsonOption = None) -> None:
+    """Check a report: schema, totals, digest, waivers, freshness."""
+    findings = reports.verify(report, datetime.now(timezone.utc), contract=CONTRACT)
+    for finding in findings:
+        _out.print(finding, markup=False)
+    _write_json(json_path, list(findings))
+    if findings:
+        raise Stop(ExitCode.BAD_INPUT, f"{len(findings)} findings")
+    _out.print("the report is consistent, complete and current", markup=False)
+
+
+@app.command()
+def merge(
+    parts: Annotated[list[Path], typer.Argument(help="report.json of every shard.")],
+    out: Annotated[Path, typer.Option(help="Folder for the whole report.")] = Path("reports/merged"),
+) -> None:
+    """Join the reports of all shards; refuses where one is missing."""
+    from . import html, junit
+
+    result = reports.merge([reports.load(path) for path in parts])
+    reports.prepare_folder(out)
+    reports.write_atomically(out / "report.json", reports.to_json(result))
+    reports.write_atomically(out / "junit.xml", junit.junit(result))
+    reports.write_atomically(out / "report.html", html.page(result))
+    _summary(result, out)
+    _end(result, False)
+
+
+@app.command()
+def mutants(
+    backend: Annotated[str, typer.Argument(help="The backend whose faulty copies are judged; only cpu has a gallery.")] = "cpu",
+    only: Annotated[str, typer.Option(help="Only these mutants or variants, comma separated.")] = "", json_path: JsonOption = None,
+) -> None:
+    """Judge the gallery of faulty backends and of legitimate variants: kill matrix and false alarms."""
+    from . import mutants as room
+
+    found = room.judge_gallery(backend, tuple(name for name in only.split(",") if name), on_step=lambda line: _err.print(line, markup=False))
+    _out.print(room.to_text(found), markup=False)
+    _write_json(json_path, room.to_data(found))
+    if not room.sound(found):
+        raise Stop(ExitCode.FAILED, "a mutant survived, a variant was accused, or a lane kills nothing alone")
+
+
+# the door ------------------------------------------------------------------------------------------------------------
+
+_SENTENCES: tuple[tuple[type[BaseException], ExitCode], ...] = (
+    (OutputError, ExitCode.NOT_WRITABLE), (MergeError, ExitCode.BAD_INPUT), (ReportError, ExitCode.BAD_INPUT),
+    (WaiverError, ExitCode.BAD_INPUT), (DomainError, ExitCode.USAGE), (BackendError, ExitCode.USAGE),
+)
+
+
+def _worker_code(error: WorkerError) -> ExitCode:
+    return ExitCode.USAGE if "unknown backend" in str(error) else ExitCode.FAILED
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command and exit with a code of the table."""
+    raise SystemExit(int(_main(arguments)))
+
+
+def _main(arguments: Sequence[str] | None) -> ExitCode:
+    try:
+        app(args=list(sys.argv[1:] if arguments is None else arguments), standalone_mode=False)
+        return ExitCode.REACHED
+    except Stop as stop:
+        if stop.message:
+            _err.print(f"lowbit: {stop.message}", markup=False)
+        return stop.code
+    except typer.Abort:
+        return ExitCode.INTERRUPTED
+    except KeyboardInterrupt:
+        _err.print("lowbit: interrupted; verdicts so far are in verdicts.jsonl, continue with --resume", markup=False)
+        return ExitCode.INTERRUPTED
+    except WorkerError as error:
+        _err.print(f"lowbit: {str(error).removeprefix('load() raised BackendError: ')}", markup=False)
+        return _worker_code(error)
+    except Exception as error:
+        code = next((code for kind, code in _SENTENCES if isinstance(error, kind)), None)
+        if code is None and hasattr(error, "format_message"):  # typer's own errors, whose class moved between its versions
+            _err.print(f"lowbit: {error.format_message()}", markup=False)
+            return ExitCode.USAGE
+        if code is None and isinstance(error, ValueError) and "case id" in str(error):
+            code = ExitCode.USAGE
+        if code is not None:
+            _err.print(f"lowbit: {error}", markup=False)
+            return code
+        with tempfile.NamedTemporaryFile("w", prefix="lowbit-", suffix=".log", delete=False) as log:
+            traceback.print_exc(file=log)
+        _err.print(f"lowbit: a defect of lowbit itself: {type(error).__name__}: {error}; the traceback is in {log.name}", markup=False)
+        return ExitCode.INTERNAL
+
+

@@ -1,0 +1,212 @@
+"""Which cases a level asks for: one deterministic list per op, the same for every backend and on every machine.
+
+Decides: the list. It holds each op's named edges; every variant x output format x pattern; every residue of M modulo 16 and
+of N and K modulo the tiles in use; K beyond G^2 where groups exist; the golden vectors; the properties; the rejects. No two
+cases of a list differ only in the seed. Refuses: filters inside tests. What is not run is listed as not run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from .case import Case, Problem, Stream
+from .op import DomainError, Op, make_problem, parse_case, possible_options
+from .patterns import lane_of, level_of
+
+__all__ = ["CONTRACT", "FIXED_GROUPS", "Listed", "case_list", "manifest", "shard"]
+
+CONTRACT = "1.0"
+"""Version of the contract. The lanes of each level are frozen per version."""
+
+_SEEDLESS = ("golden", "tensors")
+_M = (1, 2, 3, 4, 5, 7, 8, 9, 13, 15, 16, 17, 24, 31, 32, 33, 48, 63, 64, 65, 100, 127, 128, 129, 257)
+_K_BLOCKS = (64, 128, 192, 256, 384, 512, 576, 640, 768, 896, 1024, 1152, 1280, 1536, 2048, 2304, 3072, 4096)
+FIXED_GROUPS = {"gemm_int4": 64, "gemm_nvfp4": 16, "gemm_w8a8_fp8": 128}
+"""Group along K of the ops whose group is not a dim (gemm_w8a8_fp8: of its variant `block`)."""
+
+_GROUPS = (16, 32, 64, 128, 256)
+
+
+@dataclass(frozen=True, slots=True)
+class Listed:
+    """One entry of a case list: the case, the lane and the level it counts for."""
+
+    case: Case
+    lane: str
+    level: int
+
+
+def _pick(stream: Stream, items: Sequence[int]) -> int:
+    return items[int(stream.integers(0, len(items) - 1, (1,))[0])]
+
+
+def _size(op: Op, letter: str, stream: Stream) -> int:
+    """A size from the op's range, small ones as likely as large ones, in steps of the range's multiple."""
+    low, high, multiple = op.ranges[letter]
+    first, last = -(-max(low, 1) // multiple), max(1, high // multiple)
+    exponent = float(stream.uniform((1,))[0])
+    steps = int(first * (last / first) ** exponent) if first else int(last**exponent)
+    return max(first, min(last, steps)) * multiple
+
+
+def _gemm_dims(op: Op, options: Mapping[str, str], stream: Stream, index: int) -> dict[str, int]:
+    """Sizes of a GEMM case: M walks a list with all residues modulo 16; K is large as a rule; odd tails are common."""
+    dims: dict[str, int] = {}
+    dims["m"] = _M[index % len(_M)] if index % 3 else 1 + index // 3 % 33
+    multiple = op.ranges["n"][2]
+    dims["n"] = multiple * int(stream.integers(1, 24, (1,))[0])
+    dims["k"] = _pick(stream, _K_BLOCKS)
+    if index % 4 == 0:
+        dims["k"] += op.ranges["k"][2] * int(stream.integers(1, 7, (1,))[0])
+    if "g" in op.dims:
+        legal = [g for g in _GROUPS if op.ranges["g"][0] <= g <= op.ranges["g"][1]]
+        dims["g"] = _pick(stream, legal)
+        if index % 11 == 5:
+            dims["g"] = dims["k"]
+        else:
+            dims["k"] = -(-dims["k"] // dims["g"]) * dims["g"]
+    if "r" in op.dims:
+        dims["r"] = 16 * _pick(stream, (1, 2, 3, 4, 8, 16)) if options.get("lora") == "lora" else 0
+    if "e" in op.dims:
+        dims["e"] = int(stream.integers(1, 9, (1,))[0])
+    return {letter: dims[letter] for letter in op.dims}
+
+
+def _other_dims(op: Op, stream: Stream) -> dict[str, int]:
+    dims = {letter: _size(op, letter, stream) for letter in op.dims}
+    if "g" in dims and "k" in dims and dims["g"]:
+        dims["k"] = max(1, dims["k"] // dims["g"]) * dims["g"]
+    return dims
+
+
+_LIMIT = 1 << 18  # elements of the largest tensor of a drawn encoding case
+
+
+def _problem(op: Op, variant: str, options: Mapping[str, str], stream: Stream, index: int) -> Problem | None:
+    """A drawn problem of this variant with these options, or None where the domain has none among 60 draws."""
+    if not possible_options(op, variant, options):
+        return None
+    for attempt in range(60):
+        dims = _gemm_dims(op, options, stream, index + attempt) if op.is_gemm else _other_dims(op, stream)
+        if not op.is_gemm and np.prod([float(max(1, d)) for letter, d in dims.items() if letter != "g"]) > _LIMIT:
+            continue
+        try:
+            return make_problem(op, variant, dims, options)
+        except DomainError:
+            continue
+    return None
+
+
+def _option_sets(op: Op, stream: Stream, fixed: Mapping[str, str]) -> dict[str, str]:
+    chosen = dict(fixed)
+    for option in op.options:
+        if option.name not in chosen:
+            chosen[option.name] = option.tokens[int(stream.integers(0, len(option.tokens) - 1, (1,))[0])]
+    return chosen
+
+
+def _beyond_group_squared(op: Op) -> Iterator[Problem]:
+    """Problems whose K exceeds the square of the group: five per op that has groups along K."""
+    group = FIXED_GROUPS.get(op.name)
+    for index in range(6):
+        size = group or (16, 32, 64, 64, 64, 32)[index]
+        for variant in reversed(op.variants):
+            dims = {"m": (1, 3, 4, 2, 5, 7)[index], "n": op.ranges["n"][2] * (1 + index), "k": size * size + size * (1 + index)}
+            if "g" in op.dims:
+                dims["g"] = size
+            if "r" in op.dims:
+                dims["r"] = 0
+            if "e" in op.dims:
+                dims["e"] = 2
+            try:
+                yield make_problem(op, variant, {letter: dims[letter] for letter in op.dims})
+                break
+            except (DomainError, KeyError):
+                continue
+
+
+def _grid(op: Op) -> Iterator[tuple[str, dict[str, str], str]]:
+    """Every variant x token of the first option x pattern."""
+    first = op.options[0] if op.options else None
+    for variant in op.variants:
+        for token in first.tokens if first else ("",):
+            for pattern in op.patterns:
+                if pattern not in _SEEDLESS:
+                    yield variant, ({first.name: token} if first else {}), pattern
+
+
+def _drawn(op: Op, per_op: int) -> Iterator[Case]:
+    stream = Stream("case list", CONTRACT, op.name)
+    index = 0
+    for variant, fixed, pattern in _grid(op):
+        for _ in range(24):
+            problem = _problem(op, variant, _option_sets(op, stream, fixed), stream, index)
+            if problem is not None:
+                index += 1
+                yield Case(problem, pattern, index)
+                break
+    if op.is_gemm:
+        for number, problem in enumerate(_beyond_group_squared(op)):
+            for pattern in ("exactw11", "normal", "onehot" if "onehot" in op.patterns and number == 0 else "lognormal"):
+                if not (pattern == "onehot" and problem.dim("k") > 2048):
+                    yield Case(problem, pattern, 1000 + number)
+    patterns = [pattern for pattern in op.patterns if pattern not in _SEEDLESS]
+    tries = 0
+    while index < per_op and tries < 20 * per_op:
+        tries += 1
+        variant = op.variants[tries % len(op.variants)]
+        problem = _problem(op, variant, _option_sets(op, stream, {}), stream, index)
+        if problem is not None:
+            index += 1
+            yield Case(problem, patterns[index % len(patterns)], index)
+
+
+def case_list(op: Op, *, per_op: int = 170) -> list[Listed]:
+    """The cases of one op, drawn and named, without golden, property, reject and stability lanes (run.py adds those from
+    their own rooms). Distinct in more than the seed."""
+    found: dict[tuple[Problem, str], Case] = {}
+    cheap = {"onehot", "scaleprobe"}
+    for text in op.edges:
+        case = parse_case(text, {op.name: op})
+        found.setdefault((case.problem, case.pattern), case)
+    for case in _drawn(op, per_op):
+        if case.pattern in cheap and op.is_gemm:
+            case = _probe_sized(op, case)
+        found.setdefault((case.problem, case.pattern), case)
+    return [Listed(case, lane, level_of(lane)) for case in found.values() for lane in [lane_of(op, case.pattern)]]
+
+
+def _probe_sized(op: Op, case: Case) -> Case:
+    """A probe lights one k per row: give it rows enough that few batches cover K, and a K of at most 1,536."""
+    dims = dict(case.problem.dims)
+    group = dims.get("g", 16) or 16
+    if dims["k"] > 1536:
+        dims["k"] = max(group, 1536 // group * group) if dims.get("g") != dims["k"] else dims["k"]
+    dims["m"] = max(dims["m"], 64)
+    dims["n"] = min(dims["n"], 64)
+    try:
+        return Case(make_problem(op, case.problem.variant, dims, dict(case.problem.options)), case.pattern, case.seed)
+    except DomainError:
+        return case
+
+
+def manifest(listed: Sequence[Listed]) -> str:
+    """Digest of a case list; shards of one run must agree on it."""
+    return hashlib.sha256("\n".join(str(item.case) for item in listed).encode()).hexdigest()
+
+
+def shard(listed: Sequence[Listed], index: int, count: int) -> list[Listed]:
+    """Part `index` (1-based) of `count` of a list: by digest of the case id, so that a part does not depend on the others."""
+    if not 1 <= index <= count:
+        raise ValueError(f"shard {index}/{count} does not exist: the first number runs from 1 to the second")
+
+    def part(item: Listed) -> int:
+        return int.from_bytes(hashlib.sha256(str(item.case).encode()).digest()[:8], "big") % count
+
+    return [item for item in listed if part(item) == index - 1]
+
+

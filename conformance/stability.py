@@ -1,0 +1,84 @@
+"""Level L3 in its host form: what may not change a bit when nothing that the contract knows of has changed.
+
+Decides: which variations of one call are compared, and what each may change. Repeats and poison patterns may change nothing
+where the declaration says deterministic. Placement, alignment, row padding and a side stream may pick another kernel, so each
+such outcome is judged against the expectation, and must agree bit for bit where the declaration is deterministic and the
+case is exact. Refuses: to call a spread a defect where the declaration does not promise determinism.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from lowbit.references.declarations import Declaration
+
+from .case import Case, Operands, Problem, Stream
+from .op import Op
+from .patterns import draw_operands
+from .selection import case_list
+from .verdict import judge_outputs
+from .worker import VARIATIONS, Ending, Outcome, Variation, differences
+
+__all__ = ["PATTERN", "Execute", "Finding", "judge_stability", "stability_cases"]
+
+PATTERN = "stable"
+"""Pattern part of the ids of stability cases; operands are those of the pattern `normal` (or the op's first)."""
+
+Execute = Callable[[Problem, Operands, Variation], Outcome]
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """What a relation between several runs gave. `wrong` of `judged` elements disagree; `reason` is one sentence if any do."""
+
+    reason: str
+    clause: str
+    wrong: int
+    judged: int
+    operands: str
+    kernel: str
+
+
+def stability_cases(op: Op, count: int = 4) -> list[Case]:
+    """A few problems of the op's list, spread over its variants and sizes."""
+    problems = list(dict.fromkeys(item.case.problem for item in case_list(op)))
+    stream = Stream("stability", op.name)
+    picked: list[Case] = []
+    for number in range(min(count, len(problems))):
+        place = int(stream.integers(0, len(problems) - 1, (1,))[0])
+        picked.append(Case(problems[place], PATTERN, number + 1))
+    return list({case.problem: case for case in picked}.values())
+
+
+def judge_stability(op: Op, case: Case, declaration: Declaration, execute: Execute, repeats: int) -> Finding | Outcome:
+    """Run the case as it is, then under every variation. Returns the outcome itself where a run gives nothing to compare."""
+    pattern = "normal" if "normal" in op.patterns else op.patterns[0]
+    source = Case(case.problem, pattern, case.seed)
+    operands = draw_operands(op, source)
+    expected = op.expect(source, operands, declaration)
+    base = execute(case.problem, operands, Variation())
+    if base.status is not Ending.OK:
+        return base
+    wrong, judged, sentences = 0, 0, []
+    for name, variation in VARIATIONS.items():
+        varied = execute(case.problem, operands, replace(variation, repeats=repeats) if variation.repeats > 1 else variation)
+        if varied.status is not Ending.OK:
+            if varied.status is Ending.RAISED and name in ("padded rows", "side stream"):
+                sentences.append(f"{name}: refused ({varied.reason})")  # it may refuse strides or streams, not get them wrong
+                continue
+            return varied
+        judgement = judge_outputs(expected, varied.outputs, varied.untouched)
+        judged += judgement.judged
+        if judgement.wrong:
+            wrong += judgement.wrong
+            sentences.append(f"{name}: {judgement.wrong} elements leave their admissible set")
+        if declaration.deterministic:
+            if varied.distinct > 1:
+                wrong += 1
+                sentences.append(f"{name}: {varied.distinct} different outputs over {repeats} repeats ({varied.variation})")
+            if name in ("repeats", "poison"):
+                changed = differences(base, varied)
+                wrong += len(changed)
+                sentences += [f"{name}: {sentence}" for sentence in changed]
+    return Finding("; ".join(sentences), "STA-1", wrong, max(judged, wrong), operands.sha256(), base.kernel)
