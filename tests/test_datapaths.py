@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -212,8 +213,8 @@ def test_nvfp4_is_exact_within_64_products_and_aligns_by_scales() -> None:
         w = np.zeros((1, 64))
         w[0, [0, 1, 16]] = 1.0, 1.0, 0.5
         scales = np.array([[0x7E, 0x01, 0x38, 0x38]], dtype=np.uint8)
-        sides = [Operand(encode(x, E2M1), E2M1, scales, UE4M3, 16) for x in (a, w)]
-        assert float(decode(dot_emulated(*sides, path), F32)[0, 0]) == kept
+        left, right = (Operand(encode(x, E2M1), E2M1, scales, UE4M3, 16) for x in (a, w))
+        assert float(decode(dot_emulated(left, right, path), F32)[0, 0]) == kept
 
 
 def test_integers_wrap_or_clamp() -> None:
@@ -353,7 +354,8 @@ def test_every_field_of_a_record_changes_bits(
 ) -> None:
     path = DATAPATHS[name]
     a, w, drawn = stimulus(path, spread, tiny, specials)
-    other = replace(path, **{field: value})
+    change: dict[str, Any] = {field: value}
+    other = replace(path, **change)
     start = drawn if other.output is path.output else None
     if path.family is Family.INTEGER:
         start = np.full(drawn.shape, 2.0**31 - 1)  # partial sums clamp

@@ -293,8 +293,8 @@ def test_a_padded_k_is_zero_products() -> None:
     rng = np.random.default_rng(9)
     path = DATAPATHS["hopper_wgmma_fp8"]
     a, w = operand(rng, 4, 40, path, "lognormal", E4M3FN), operand(rng, 4, 40, path, "lognormal", E4M3FN)
-    wide = [Operand(np.pad(x.codes, ((0, 0), (0, 24))), E4M3FN) for x in (a, w)]
-    assert np.array_equal(dot_emulated(a, w, path), dot_emulated(*wide, path))
+    wide_a, wide_w = (Operand(np.pad(x.codes, ((0, 0), (0, 24))), E4M3FN) for x in (a, w))
+    assert np.array_equal(dot_emulated(a, w, path), dot_emulated(wide_a, wide_w, path))
 
 
 def test_a_chain_can_be_continued() -> None:
@@ -303,8 +303,9 @@ def test_a_chain_can_be_continued() -> None:
         fmt = path.operands[0]
         a, w = operand(rng, 4, 64, path, "normal", fmt), operand(rng, 4, 64, path, "normal", fmt)
         parts = [[Operand(x.codes[:, part], fmt) for x in (a, w)] for part in (slice(0, 32), slice(32, 64))]
-        middle = decode(dot_emulated(*parts[0], path), path.output)
-        assert np.array_equal(dot_emulated(*parts[1], path, middle), dot_emulated(a, w, path))
+        (first_a, first_w), (rest_a, rest_w) = parts
+        middle = decode(dot_emulated(first_a, first_w, path), path.output)
+        assert np.array_equal(dot_emulated(rest_a, rest_w, path, middle), dot_emulated(a, w, path))
 
 
 def test_malformed_calls_are_refused() -> None:
@@ -393,11 +394,11 @@ def test_the_agnostic_bound_holds_in_any_order_and_split(name: str, splits: int)
         total: Reals | None = None
         for piece in np.array_split(order, splits):
             index = (piece[:, None] * block + np.arange(block)).ravel()
-            part = [
+            part_a, part_w = (
                 Operand(x.codes[:, index], x.format, None if x.scales is None else x.scales[:, piece], x.scale_format, x.group)
                 for x in (a, w)
-            ]
-            value = decode(dot_emulated(*part, path), path.output)
+            )
+            value = decode(dot_emulated(part_a, part_w, path), path.output)
             total = value if total is None else round_to(total + value, path.output)
         assert total is not None
         assert_sound(total, found)

@@ -653,7 +653,9 @@ def test_vllm_nvfp4_admits_what_reciprocals_within_one_ulp_give() -> None:
         scales = [int(e4m3_witness(np.array(g * (np.abs(row).max() * six)))) for six in reciprocals(f32(6))]
         assert (int(got.scale_lo[r, 0]), int(got.scale_hi[r, 0])) == (min(scales), max(scales))
         for used, low, high in ((got.scales, got.code_lo, got.code_hi), (got.scale_hi, lo, hi)):
-            s = f32(decode_scalar(int(used[r, 0]), UE4M3))
+            stored = decode_scalar(int(used[r, 0]), UE4M3)
+            assert isinstance(stored, Fraction)
+            s = f32(stored)
             inverses = [i for one_over_g in reciprocals(g) for i in reciprocals(s * one_over_g)]
             want = extremes([e2m1_witness(row * i) for i in inverses], E2M1)
             assert np.array_equal(low[r], want[0])
