@@ -1,9 +1,9 @@
-"""The process in which a backend runs, and the parent's side of it.
+"""A backend in a process of its own: the parent's side, and the door to the child's.
 
 Decides: what came of one call of a backend (`Outcome`): the bytes read back, or that it raised, crashed, hung or wrote where
 it must not; and, after a crash or a hang, whether the suspect fails alone or only after the cases before it.
-Refuses: to import a backend in the parent, and to load objects of a backend's classes there. Only the records named in
-`_RECORDS`, arrays of codes and plain builtins cross the socket, whatever the worker sends.
+Refuses: to import a backend in the parent, and to load objects of a backend's classes there (see worker_messages). Started as a
+program, this module is the child (see worker_process).
 
 One worker serves many calls: importing a framework takes a second, a call takes milliseconds. The worker is killed after a
 hang, started again when the next call needs it, and dies with its parent.
@@ -11,582 +11,51 @@ hang, started again when the next call needs it, and dies with its parent.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
-import ctypes
-import faulthandler
-import hashlib
-import importlib.util
-import io
 import math
 import os
 import pickle
-import resource
 import signal
 import socket
-import struct
 import subprocess
 import sys
 import tempfile
 import time
-import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import astuple, dataclass, field, fields, is_dataclass
-from enum import StrEnum
+from dataclasses import astuple, dataclass
 from functools import cache
-from pathlib import Path
-from types import TracebackType, UnionType
-from typing import IO, Any, Union, get_args, get_origin, get_type_hints
+from types import TracebackType
+from typing import IO, Any
 
-import numpy as np
-import numpy.typing as npt
-
-from lowbit.references import datapaths, declarations, rounding
-from lowbit.references.datapaths import DATAPATHS, Datapath
 from lowbit.references.declarations import Declaration
-from lowbit.references.formats import FORMATS, UINT8, Codes, Format, container
 
-from . import op
-from .backend import BackendError, TensorView, describe, find_backend, tactics_of
 from .case import Operands, Problem
-from .device import Allocation, Device, open_device
-from .memory import POISONS, Bytes, Placement, check_placement, zone_pattern
+from .memory import POISONS, check_placement
 from .op import ResolvedTensor, Role
 from .verdict import Kernel
+from .worker_messages import (
+    BY_FILE,
+    TAIL,
+    VARIATIONS,
+    Ending,
+    Fault,
+    Outcome,
+    Variation,
+    WorkerError,
+    check_record,
+    decode_frame,
+    differences,
+    encode_frame,
+)
+from .worker_process import serve
 
 __all__ = ["VARIATIONS", "Ending", "Fault", "Outcome", "Variation", "Worker", "WorkerError", "check_record", "differences"]
 
-_PYTHON = "python:"  # references python:FILE.py:ATTRIBUTE name a backend by file instead of by entry point
-_TAIL = 4096  # bytes of the worker's output kept for messages
 _LOG_LIMIT = 1 << 20  # bytes of the worker's output kept on disk between calls
 _POLL = 0.25  # seconds between two looks at whether the worker is alive
 _GUARD_HINT = ", probably an access outside its buffers: guard pages surround every tensor"
-_PR_SET_PDEATHSIG = 1  # linux/prctl.h
-
-
-class Ending(StrEnum):
-    """How one call of a backend ended."""
-
-    OK = "ok"
-    RAISED = "raised"
-    CRASHED = "crashed"
-    TIMEOUT = "timeout"
-    MALFORMED = "malformed"
-
-
-@dataclass(frozen=True, slots=True)
-class Fault:
-    """A call that gave no answer to judge. `reason` is one sentence, `log` the end of the traceback or of the worker's output."""
-
-    ending: Ending
-    reason: str
-    log: str = ""
-
-
-class WorkerError(Exception):
-    """Raised by `hello`, `tactics` and `declare` where the backend gives no usable answer; `fault` says why."""
-
-    def __init__(self, fault: Fault) -> None:
-        super().__init__(fault.reason)
-        self.fault = fault
-
-
-@dataclass(frozen=True, slots=True)
-class Variation:
-    """How the suite calls a backend that should not notice. `poison`: index into `POISONS`. `row_pad`: containers of poison
-    after each row of an output without a layout. `side_stream`: run on a new stream, where the device has streams."""
-
-    poison: int = 0
-    placement: Placement = "end"
-    repeats: int = 1
-    row_pad: int = 0
-    side_stream: bool = False
-
-
-VARIATIONS: dict[str, Variation] = {
-    "repeats": Variation(repeats=100),
-    "poison": Variation(poison=1),
-    "start": Variation(placement="start"),
-    "shift": Variation(placement=16),
-    "padded rows": Variation(row_pad=3),
-    "side stream": Variation(side_stream=True),
-}
-"""What level L3 varies, one at a time. Repeats and poison may not change a bit where the declaration is deterministic;
-placement, padding and stream may change which kernel runs, and each outcome is judged on its own."""
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Outcome:
-    """What came of `Worker.execute`.
-
-    `outputs`: codes of every OUTPUT and INOUT tensor in the tensor's shape, dtype as handed in or `container(format)`, from
-    the first repeat; also given for MALFORMED where the run ended. `digests`: BLAKE2b of the outputs over the repeats, the
-    distinct ones in order of appearance, none for a single run; `variation` says where the first differing repeat differs.
-    `findings`: sentences on what the suite saw of its memory. `seconds`: the first run, synchronised, without preparation.
-    `sequence`: the fault does not appear when the call is made alone in a fresh worker; `after`: the labels of the calls that
-    came before it in its worker, oldest first.
-    """
-
-    status: Ending
-    reason: str = ""
-    outputs: Mapping[str, Codes] = field(default_factory=dict)
-    digests: tuple[str, ...] = ()
-    variation: str = ""
-    kernel: str = ""
-    kernel_source: Kernel = Kernel.CLAIMED
-    findings: tuple[str, ...] = ()
-    seconds: float = 0.0
-    poison: int = POISONS[0]
-    sequence: bool = False
-    after: tuple[str, ...] = ()
-    log: str = ""
-
-    @property
-    def distinct(self) -> int:
-        """Number of different outputs over the repeats; 1 for a kernel that repeats its bits, 0 where there is no output."""
-        return len(self.digests) or int(bool(self.outputs))
-
-    @property
-    def untouched(self) -> dict[str, npt.NDArray[np.bool_]]:
-        """Per output, which elements still hold this run's poison in every byte. An element that a run wrote with the very
-        value of the poison is among them: only one that is untouched under both poisons was not written."""
-        return {
-            name: codes == codes.dtype.type(int.from_bytes(bytes((self.poison,)) * codes.itemsize, "little"))
-            for name, codes in self.outputs.items()
-        }
-
-
-def differences(base: Outcome, varied: Outcome) -> tuple[str, ...]:
-    """One sentence per output whose bits differ between two outcomes of the same call: how many elements, and the first.
-    KeyError where `varied` lacks an output of `base`: outcomes that did not end well cannot be compared."""
-    return tuple(
-        f"output {name!r}: {_first_difference(codes, varied.outputs[name])}"
-        for name, codes in base.outputs.items()
-        if not np.array_equal(codes, varied.outputs[name])
-    )
-
-
-def _first_difference(left: Codes, right: Codes) -> str:
-    where = np.argwhere(left != right)
-    index = tuple(int(i) for i in where[0])
-    width = 2 * left.itemsize + 2
-    codes = f"{left[index]:#0{width}x} and {right[index]:#0{width}x}"
-    return f"{len(where)} of {left.size} elements differ, first {list(index)}: {codes}"
-
-
-# Messages. A frame is a header, a pickle of records and builtins, and the raw bytes of the arrays in it.
-
-_HEADER = struct.Struct("<4sQQ")  # magic, bytes of the pickle, number of arrays
-_MAGIC = b"lbw1"
-_DTYPES = ("|b1", "|u1", "<u2", "<u4", "<u8")
-
-_RECORDS: dict[tuple[str, str], type] = {
-    (cls.__module__, cls.__qualname__): cls
-    for cls in (
-        declarations.Claim, declarations.Contraction, declarations.Declaration, declarations.Join, declarations.Order,
-        declarations.Start, declarations.Step, declarations.StepKind, datapaths.Datapath, datapaths.Evidence, datapaths.Family,
-        rounding.Rounding, op.Family, op.ResolvedTensor, op.Role, Problem,
-    )
-}
-
-
-class _Pickler(pickle.Pickler):
-    """Formats and known datapaths go by name, so that both sides hold the one record; arrays go beside the pickle."""
-
-    def __init__(self, file: IO[bytes]) -> None:
-        super().__init__(file, protocol=5)
-        self.arrays: list[Bytes] = []
-
-    def persistent_id(self, obj: Any) -> tuple[Any, ...] | None:
-        if type(obj) is Format and FORMATS.get(obj.name) == obj:
-            return ("format", obj.name)
-        if type(obj) is Datapath and DATAPATHS.get(obj.name) == obj:
-            return ("datapath", obj.name)
-        if type(obj) is np.ndarray and obj.dtype.str in _DTYPES:
-            self.arrays.append(np.ascontiguousarray(obj).reshape(-1).view(np.uint8))
-            return ("array", len(self.arrays) - 1, obj.dtype.str, obj.shape)
-        return None
-
-
-class _Unpickler(pickle.Unpickler):
-    """Admits `_RECORDS` and builtins that pickle needs no class for."""
-
-    def __init__(self, file: IO[bytes], arrays: Sequence[bytearray]) -> None:
-        super().__init__(file)
-        self._arrays = arrays
-
-    def find_class(self, module: str, name: str) -> type:
-        found = _RECORDS.get((module, name))
-        if found is None:
-            raise pickle.UnpicklingError(f"it holds a {module}.{name}, which is no record of the suite")
-        return found
-
-    def persistent_load(self, pid: Any) -> Any:
-        match pid:
-            case ("format", str(name)):
-                return FORMATS[name]
-            case ("datapath", str(name)):
-                return DATAPATHS[name]
-            case ("array", int(index), str(dtype), shape) if dtype in _DTYPES:
-                return np.frombuffer(self._arrays[index], dtype=dtype).reshape(shape)
-        raise pickle.UnpicklingError("it holds a reference of unknown kind")
-
-
-def _encode(message: Any) -> list[Any]:
-    """The buffers of a frame, in order."""
-    file = io.BytesIO()
-    pickler = _Pickler(file)
-    pickler.dump(message)
-    sizes = struct.pack(f"<{len(pickler.arrays)}Q", *(array.nbytes for array in pickler.arrays))
-    head = _HEADER.pack(_MAGIC, file.tell(), len(pickler.arrays)) + sizes + file.getvalue()
-    return [head, *(array for array in pickler.arrays if array.nbytes)]
-
-
-def _decode(read: Callable[[int], bytearray]) -> Any:
-    """The message of the next frame. Raises pickle.UnpicklingError for bytes that are no frame."""
-    magic, size, count = _HEADER.unpack(read(_HEADER.size))
-    if magic != _MAGIC:
-        raise pickle.UnpicklingError("it is no frame; something else wrote to the socket of the suite")
-    sizes = struct.unpack(f"<{count}Q", read(8 * count))
-    body = bytes(read(size))
-    return _Unpickler(io.BytesIO(body), [read(each) for each in sizes]).load()
-
-
-@cache
-def _hints(cls: type) -> dict[str, Any]:
-    return get_type_hints(cls)
-
-
-def check_record(value: Any, expected: Any, where: str = "declaration") -> None:
-    """Check every field of a record against its annotation, all the way down; ints are not bools nor enum members.
-
-    `expected` is a type of the annotations that records use: a class, a union, tuple[X, ...] or tuple[X, Y]. Raises ValueError
-    naming the field, and where a record bears the name of a known datapath and differs from it.
-    """
-    origin, args = get_origin(expected), get_args(expected)
-    if origin in (Union, UnionType):
-        match = next((arg for arg in args if type(value) is arg), None)
-        if match is None:
-            _mismatch(value, " or ".join(_type_name(arg) for arg in args), where)
-        check_record(value, match, where)
-    elif origin is tuple:
-        if type(value) is not tuple or (args[-1] is not Ellipsis and len(value) != len(args)):
-            _mismatch(value, _type_name(expected), where)
-        for i, item in enumerate(value):
-            check_record(item, args[0] if args[-1] is Ellipsis else args[i], f"{where}[{i}]")
-    elif type(value) is not expected:
-        _mismatch(value, _type_name(expected), where)
-    elif is_dataclass(expected) and expected is not Format:
-        for item in fields(value):
-            check_record(getattr(value, item.name), _hints(expected)[item.name], f"{where}.{item.name}")
-        if expected is Datapath and value is not DATAPATHS.get(value.name, value):
-            raise ValueError(f"{where}: a datapath called {value.name!r} exists and has other numbers; give yours another name")
-
-
-def _type_name(expected: Any) -> str:
-    return expected.__name__ if isinstance(expected, type) and not get_args(expected) else str(expected).replace("typing.", "")
-
-
-def _mismatch(value: Any, expected: str, where: str) -> None:
-    raise ValueError(f"{where}: got {str(value)[:60]!r} ({type(value).__name__}), expected {expected}")
-
-
-# The worker's side.
-
-
-def _resolve(reference: str) -> Any:
-    """The backend behind an entry-point name, or behind `python:FILE.py:ATTRIBUTE` (an object with the methods of a backend,
-    or a callable that returns one). Raises BackendError."""
-    if not reference.startswith(_PYTHON):
-        return find_backend(reference)
-    path, _, attribute = reference[len(_PYTHON):].rpartition(":")
-    if not Path(path).is_file() or not attribute:
-        raise BackendError(f"backend {reference!r}: expected python:FILE.py:ATTRIBUTE, and {path!r} to be a file")
-    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
-    if spec is None or spec.loader is None:
-        raise BackendError(f"backend {reference!r}: {path!r} is no Python file")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    try:
-        spec.loader.exec_module(module)
-        found = getattr(module, attribute)
-        if not hasattr(found, "run") or isinstance(found, type):
-            found = found()
-    except Exception as error:
-        raise BackendError(f"backend {reference!r} does not load: {type(error).__name__}: {error}") from error
-    missing = [name for name in ("name", "target", "supports", "declare", "run") if not hasattr(found, name)]
-    if missing:
-        raise BackendError(f"backend {reference!r} lacks {', '.join(missing)}; see docs/backends.md")
-    return found
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Placed:
-    """A tensor in memory. `original`: bytes given, for inputs; poison and padding, for outputs with padded rows."""
-
-    tensor: ResolvedTensor
-    dtype: np.dtype[Any]
-    strides: tuple[int, ...]  # in containers
-    allocation: Allocation
-    view: TensorView
-    original: Bytes | None
-
-
-def _strides(shape: tuple[int, ...], row_pad: int) -> tuple[int, ...]:
-    """Row-major strides in elements, rows longer by `row_pad`."""
-    strides = [1]
-    for i, size in enumerate(reversed(shape[1:])):
-        strides.append(strides[-1] * (size + (row_pad if i == 0 else 0)))
-    return tuple(reversed(strides)) if shape else ()
-
-
-def _index(shape: tuple[int, ...], strides: tuple[int, ...]) -> npt.NDArray[np.int64]:
-    """Flat position of every element, in elements."""
-    grids = np.meshgrid(*(np.arange(size, dtype=np.int64) * stride for size, stride in zip(shape, strides, strict=True)),
-                        indexing="ij", sparse=True)
-    return np.asarray(sum(grids, np.zeros(shape, dtype=np.int64)))
-
-
-def _place(
-    stack: contextlib.ExitStack, device: Device, tensor: ResolvedTensor, codes: Codes | None, how: Variation, guarded: bool
-) -> _Placed:
-    """Put one tensor on the device until the stack unwinds: uploaded where it is given, poisoned where it is not."""
-    dtype = container(tensor.format) if codes is None else codes.dtype
-    pad = how.row_pad if tensor.role is Role.OUTPUT and not tensor.layout and len(tensor.shape) > 1 else 0
-    strides = _strides(tensor.shape, pad)
-    count = 0 if 0 in tensor.shape else 1 + sum((n - 1) * stride for n, stride in zip(tensor.shape, strides, strict=True))
-    allocation = device.alloc(count * dtype.itemsize, how.placement, guarded=guarded)
-    stack.callback(device.free, allocation)
-    original: Bytes | None = None
-    if codes is not None:
-        original = np.ascontiguousarray(codes).reshape(-1).view(np.uint8)
-    elif pad and count:
-        original = zone_pattern(0, count * dtype.itemsize)
-        poison = int.from_bytes(bytes((POISONS[how.poison],)) * dtype.itemsize, "little")
-        original.view(dtype)[_index(tensor.shape, strides)] = dtype.type(poison)
-    memory = device.view(allocation, dtype.itemsize, tensor.shape, strides)
-    view = TensorView(
-        tensor.name, tensor.format, tensor.shape, strides, tensor.role, tensor.layout, allocation.pointer, memory
-    )
-    placed = _Placed(tensor, dtype, strides, allocation, view, original)
-    _write(device, placed, POISONS[how.poison])
-    return placed
-
-
-def _write(device: Device, placed: _Placed, poison: int) -> None:
-    """Give a tensor the contents it has before a run."""
-    if placed.original is None:
-        device.fill(placed.allocation, poison)
-    else:
-        device.upload(placed.allocation, placed.original)
-
-
-def _read(device: Device, placed: _Placed, findings: list[str]) -> Codes:
-    """The codes of an output, and a finding where the padding of its rows was written."""
-    raw, shape = device.download(placed.allocation), placed.tensor.shape
-    flat = raw.view(placed.dtype)
-    if placed.tensor.role is not Role.OUTPUT or placed.original is None:
-        return flat.reshape(shape)
-    index = _index(shape, placed.strides)
-    changed = flat != placed.original.view(placed.dtype)
-    changed[index] = False
-    if changed.any():
-        at = int(np.flatnonzero(changed)[0])
-        pitch = placed.strides[-2]
-        findings.append(
-            f"output {placed.tensor.name!r}: {int(changed.sum())} element(s) of padding between rows written, first after row "
-            f"{at // pitch} at column {at % pitch} (strides {placed.strides})"
-        )
-    return flat[index]
-
-
-def _look(device: Device, tensors: Sequence[_Placed]) -> list[str]:
-    """What was done to memory that nobody was to write."""
-    findings: list[str] = []
-    for placed in tensors:
-        name = placed.tensor.name
-        findings.extend(f"tensor {name!r}: {damage}" for damage in device.damage(placed.allocation))
-        if placed.tensor.role in (Role.CONSTANT, Role.ACTIVATION) and placed.original is not None:
-            at = device.first_difference(placed.allocation, placed.original)
-            if at is not None:
-                findings.append(f"input {name!r} was changed, first in byte {at}")
-    return findings
-
-
-class _Stage(Exception):
-    """An exception of the backend, with the method it came from."""
-
-
-def _call(method: str, function: Callable[..., Any], *args: Any) -> Any:
-    try:
-        return function(*args)
-    except BaseException as error:  # a backend that exits has failed, too
-        raise _Stage(method) from error
-
-
-def _digest(outputs: Mapping[str, Codes]) -> str:
-    digest = hashlib.blake2b(digest_size=16)
-    for codes in outputs.values():
-        digest.update(np.ascontiguousarray(codes).reshape(-1).view(np.uint8).data)
-    return digest.hexdigest()
-
-
-def _execute(backend: Any, device: Device, request: Mapping[str, Any]) -> dict[str, Any]:
-    """One call with its repeats. `prepare` is called once, `stage` before every run; outputs, workspace and INOUT tensors
-    get their contents anew before every run."""
-    problem, tactic, how = request["problem"], request["tactic"], Variation(*request["variation"])
-    tensors, codes, guarded = request["tensors"], request["codes"], request["guarded"]
-    with contextlib.ExitStack() as stack:
-        size = _call("workspace", backend.workspace, problem, tactic) if hasattr(backend, "workspace") else 0
-        if type(size) is not int or size < 0:
-            return {"findings": [f"workspace() returned {str(size)[:60]!r}, expected a number of bytes"]}
-        placed = [_place(stack, device, tensor, codes.get(tensor.name), how, guarded) for tensor in tensors]
-        memory = ResolvedTensor("workspace", UINT8, (size,), Role.OUTPUT, op.Family.ELEMENT, "", (size,))
-        scratch = _place(stack, device, memory, None, how, guarded)
-        everything = [*placed, scratch]
-        by_role = {role: {each.tensor.name: each.view for each in placed if each.tensor.role is role} for role in Role}
-        written = [each for each in placed if each.tensor.role in (Role.OUTPUT, Role.INOUT)]
-        stream = device.new_stream() if how.side_stream else None
-        device.synchronize()
-
-        state: Any = by_role[Role.CONSTANT]
-        if hasattr(backend, "prepare"):
-            state = _call("prepare", backend.prepare, problem, tactic, by_role[Role.CONSTANT])
-        answer: dict[str, Any] = {"findings": _look(device, everything), "observed": [], "variation": "", "kernel": ""}
-        digests: dict[str, None] = {}
-        for repeat in range(how.repeats if not answer["findings"] else 0):
-            for each in [*written, scratch] if repeat else []:
-                _write(device, each, POISONS[how.poison])
-            activations = by_role[Role.ACTIVATION] | by_role[Role.INOUT]
-            inputs: Any = activations
-            if hasattr(backend, "stage"):
-                inputs = _call("stage", backend.stage, problem, tactic, activations)
-            device.synchronize()
-            watch = device.observe() if request["observe"] and not repeat else contextlib.nullcontext([])
-            start = time.perf_counter()
-            with watch as names:
-                kernel = _call(
-                    "run", backend.run, problem, tactic, state, inputs, by_role[Role.OUTPUT], scratch.view, stream
-                )
-                _call("run", device.synchronize)
-            seconds = time.perf_counter() - start
-            findings = _look(device, everything)
-            outputs = {each.tensor.name: _read(device, each, findings) for each in written}
-            if not isinstance(kernel, str) or not kernel:
-                got = f"{type(kernel).__name__} {str(kernel)[:60]!r}"
-                findings.insert(0, f"run() returned {got}, expected the name of the kernel")
-            if not repeat:
-                answer |= {"outputs": outputs, "seconds": seconds, "observed": names, "kernel": str(kernel)[:500]}
-                if how.repeats > 1:
-                    digests[_digest(outputs)] = None
-            elif not all(np.array_equal(first, outputs[name]) for name, first in answer["outputs"].items()):
-                if len(digests) == 1:
-                    name = next(n for n, first in answer["outputs"].items() if not np.array_equal(first, outputs[n]))
-                    text = _first_difference(answer["outputs"][name], outputs[name])
-                    answer["variation"] = f"repeat {repeat + 1} differs from the first in output {name!r}: {text}"
-                digests[_digest(outputs)] = None
-            if findings:
-                where = f" (repeat {repeat + 1} of {how.repeats})" if how.repeats > 1 else ""
-                answer["findings"] = [text + where for text in findings]
-                break
-        return answer | {"digests": list(digests)}
-
-
-def _hello(backend: Any, device: str) -> dict[str, Any]:
-    return {
-        "name": str(backend.name), "target": str(backend.target), "device": device,
-        "describe": {str(key): str(value) for key, value in describe(backend).items()},
-        "unpack": hasattr(backend, "unpack"), "probe": hasattr(backend, "probe"),
-    }
-
-
-def _raised(stage: _Stage) -> dict[str, Any]:
-    """An exception of the backend as plain data."""
-    error = stage.__cause__
-    text = "".join(traceback.format_exception(error))[-_TAIL:]
-    message = " ".join(str(error).split())[:500]
-    return {"raised": f"{stage}() raised {type(error).__name__}{f': {message}' if message else ''}", "log": text}
-
-
-def _lost(device: Device | None = None) -> str:
-    """Why the device can do no more work in this process, empty where it can: a bad access ends the context of an accelerator."""
-    try:
-        if device:
-            device.synchronize()
-    except Exception as error:
-        return " ".join(str(error).split())[:200] or type(error).__name__
-    return ""
-
-
-def _die_with(parent: int) -> None:
-    """Ask for a kill when the parent's thread that started us ends. Linux only; elsewhere the closed socket ends the worker."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    if os.getppid() != parent:
-        raise SystemExit("the parent ended before its worker started")
-
-
-def _serve(argv: Sequence[str] | None = None) -> None:
-    """Answer requests until the socket closes."""
-    parser = argparse.ArgumentParser(prog="lowbit.conformance.worker", description="The process in which a backend runs.")
-    parser.add_argument("--fd", type=int, required=True)
-    parser.add_argument("--parent", type=int, required=True)
-    arguments = parser.parse_args(argv)
-    _die_with(arguments.parent)
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    faulthandler.enable()
-    link = socket.socket(fileno=arguments.fd)
-    link.set_inheritable(False)
-
-    def read(size: int) -> bytearray:
-        data = bytearray(size)
-        view = memoryview(data)
-        while view:
-            count = link.recv_into(view)
-            if not count:
-                os._exit(0)  # the parent is gone; threads of the backend must not hold us
-            view = view[count:]
-        return data
-
-    def answer(function: Callable[..., Any], *args: Any) -> None:
-        try:
-            frame = _encode({"answer": function(*args)})
-        except _Stage as stage:
-            frame = _encode(_raised(stage) | {"lost": _lost(*loaded[1:])})
-        except Exception as error:
-            text = f"no answer could be sent: {type(error).__name__}: {' '.join(str(error).split())[:500]}"
-            frame = _encode({"raised": text, "log": traceback.format_exc()[-_TAIL:]})
-        for buffer in frame:
-            link.sendall(buffer)
-
-    first = _decode(read)
-    sys.path.extend(first["path"])
-    loaded: list[Any] = []
-
-    def load() -> dict[str, Any]:
-        backend = _call("load", _resolve, first["reference"])
-        name = str(getattr(backend, "device", "host"))
-        loaded.extend((backend, _call("open_device", open_device, name)))
-        return _call("describe", _hello, backend, name)  # type: ignore[no-any-return]
-
-    answer(load)
-    while True:
-        request = _decode(read)
-        backend, device = loaded
-        match request["call"]:
-            case "supports":
-                for problem in request["problems"]:
-                    answer(_call, "supports", backend.supports, problem)
-            case "tactics":
-                answer(_call, "tactics", tactics_of, backend, request["problem"])
-            case "declare":
-                answer(_call, "declare", backend.declare, request["problem"], request["tactic"])
-            case "execute":
-                answer(_execute, backend, device, request)
-
-
-# The parent's side.
+_PLAIN = Variation()
 
 
 class _Gone(Exception):
@@ -713,7 +182,7 @@ class Worker:
 
     def execute(
         self, problem: Problem, tactic: str, operands: Operands, tensors: Sequence[ResolvedTensor],
-        variation: Variation = Variation(), *, observe: bool = False, label: str = "", timeout: float | None = None,
+        variation: Variation = _PLAIN, *, observe: bool = False, label: str = "", timeout: float | None = None,
     ) -> Outcome:
         """`submit`, then `collect`."""
         self.submit(problem, tactic, operands, tensors, variation, observe=observe, label=label, timeout=timeout)
@@ -721,7 +190,7 @@ class Worker:
 
     def submit(
         self, problem: Problem, tactic: str, operands: Operands, tensors: Sequence[ResolvedTensor],
-        variation: Variation = Variation(), *, observe: bool = False, label: str = "", timeout: float | None = None,
+        variation: Variation = _PLAIN, *, observe: bool = False, label: str = "", timeout: float | None = None,
     ) -> None:
         """Start one call of the backend and return. `operands`: codes of every tensor that is not OUTPUT, in its `shape`.
         `observe`: watch which kernels are launched (the first repeat only, and slower). `label`: name of the call in
@@ -857,7 +326,7 @@ class Worker:
         if "raised" in reply:
             self._kill()
             raise _Gone(Fault(Ending.RAISED, reply["raised"], reply["log"]))
-        self._greeting = {**reply["answer"], "registered": not self.reference.startswith(_PYTHON)}
+        self._greeting = {**reply["answer"], "registered": not self.reference.startswith(BY_FILE)}
 
     def _send(self, message: Any, timeout: float) -> None:
         link = self._link
@@ -865,7 +334,7 @@ class Worker:
             raise _Gone(Fault(Ending.CRASHED, "the worker is gone"))
         link.settimeout(timeout)
         try:
-            for buffer in _encode(message):
+            for buffer in encode_frame(message):
                 link.sendall(buffer)
         except TimeoutError:
             raise _Gone(self._hung(timeout)) from None
@@ -885,7 +354,7 @@ class Worker:
             return data
 
         try:
-            reply = _decode(read)
+            reply = decode_frame(read)
             if type(reply) is not dict or not ({"raised", "log"} <= reply.keys() or "answer" in reply):
                 raise pickle.UnpicklingError("it is no reply")
         except _Gone:
@@ -925,7 +394,7 @@ class Worker:
         if self._log is None:
             return ""
         size = os.fstat(self._log.fileno()).st_size
-        return os.pread(self._log.fileno(), _TAIL, max(size - _TAIL, 0)).decode(errors="replace")
+        return os.pread(self._log.fileno(), TAIL, max(size - TAIL, 0)).decode(errors="replace")
 
     def _hung(self, seconds: float) -> Fault:
         if self._process:  # faulthandler writes where it hangs
@@ -971,4 +440,4 @@ class Worker:
 
 
 if __name__ == "__main__":
-    _serve()
+    serve()

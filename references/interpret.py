@@ -21,7 +21,7 @@ from .dot import Enclosure, Operand, low_bit
 from .formats import F32, F64, Codes, Format, Reals, decode
 from .rounding import Overflow, Rounding, encode, mul_odd, round_to, sum_odd
 
-__all__ = ["Environment", "Factor", "Interval", "bound", "emulate", "exact_by_width", "ideal", "segments"]
+__all__ = ["Environment", "Factor", "Interval", "ProgramError", "bound", "emulate", "exact_by_width", "ideal", "segments"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -79,15 +79,25 @@ class Interval:
 
 
 def _widen(enclosure: Enclosure) -> Interval:
-    """Interval of an enclosure, its ends pushed out by one ulp of float64 where the radius is not zero."""
+    """Interval of an enclosure, its ends pushed out by one ulp of float64 where the radius is not zero. An infinite radius says
+    that the accumulator may overflow; infinities of both signs may then meet, so NaN is possible, too."""
     value, radius = enclosure.value, enclosure.radius
     if not radius.any():
         return Interval.point(value)
     with np.errstate(invalid="ignore"):
         lo = np.where(radius > 0, np.nextafter(value - radius, -np.inf), value)
         hi = np.where(radius > 0, np.nextafter(value + radius, np.inf), value)
-    plain = ~np.isfinite(value)
-    return Interval.of(np.where(plain, value, lo), np.where(plain, value, hi))
+    plain = ~np.isfinite(value) & np.isfinite(radius)
+    found = Interval.of(np.where(plain, value, lo), np.where(plain, value, hi))
+    return _unbounded(found, np.isinf(radius))
+
+
+def _unbounded(value: Interval, where: npt.NDArray[np.bool_]) -> Interval:
+    """The interval with everything admitted, NaN included, in some places."""
+    if not where.any():
+        return value
+    lo, hi = np.where(where, -np.inf, value.lo), np.where(where, np.inf, value.hi)
+    return Interval(lo, hi, value.nan & ~where, value.maybe_nan | where)
 
 
 def _product(x: Reals, factor: Reals, exact: bool) -> Reals:
@@ -100,15 +110,23 @@ def _multiply(value: Interval, factor: Reals, exact: bool) -> Interval:
     low = _product(value.lo, factor, exact)
     if value.hi is value.lo:
         return Interval.point(low).masks(value)
-    return Interval.of(low, _product(value.hi, factor, exact)).masks(value)
+    found = Interval.of(low, _product(value.hi, factor, exact))
+    # Between ends that both become NaN, or that 0 or infinity turns into ordinary values, lie values that do otherwise.
+    spans = value.lo < value.hi
+    crossing = spans & np.isinf(factor) & (value.lo <= 0) & (value.hi >= 0)
+    partly = crossing | (spans & (factor == 0) & (np.isinf(value.lo) | np.isinf(value.hi)))
+    lo, hi = np.where(partly & found.nan, 0.0, found.lo), np.where(partly & found.nan, 0.0, found.hi)
+    return Interval(lo, hi, found.nan & ~partly, found.maybe_nan | partly).masks(value)
 
 
 def _sum(a: Interval, b: Interval) -> Interval:
     """a + b, rounded to odd: one later rounding is the only one that counts."""
     low = sum_odd(a.lo, b.lo)
-    single = a.hi is a.lo and b.hi is b.lo
-    result = Interval.point(low) if single else Interval.of(low, sum_odd(a.hi, b.hi))
-    return result.masks(a).masks(b)
+    if a.hi is a.lo and b.hi is b.lo:
+        return Interval.point(low).masks(a).masks(b)
+    result = Interval.of(low, sum_odd(a.hi, b.hi))
+    opposed = ((a.hi == np.inf) & (b.lo == -np.inf)) | ((a.lo == -np.inf) & (b.hi == np.inf))
+    return Interval(result.lo, result.hi, result.nan, result.maybe_nan | (opposed & ~result.nan)).masks(a).masks(b)
 
 
 def _round(value: Interval, fmt: Format, rounding: Rounding) -> Interval:
@@ -198,9 +216,18 @@ def _part(operand: Operand, piece: slice) -> Operand:
     return Operand(operand.codes[:, piece], operand.format, scales, operand.scale_format, operand.group)
 
 
+def _finite(values: Reals) -> Reals:
+    return np.where(np.isfinite(values), values, 0.0)
+
+
+def _open(value: Interval) -> npt.NDArray[np.bool_]:
+    """Elements that may be infinite and need not be."""
+    return np.asarray(~value.nan & (value.lo < value.hi) & (np.isinf(value.lo) | np.isinf(value.hi)))
+
+
 def _prefix(value: Interval) -> Enclosure:
     with np.errstate(invalid="ignore"):
-        middle = np.where(value.nan, np.nan, value.lo / 2 + value.hi / 2)
+        middle = np.where(_open(value), 0.0, np.where(value.nan, np.nan, value.lo / 2 + value.hi / 2))
         radius = np.maximum(value.hi - middle, middle - value.lo)
     radius = np.where(radius > 0, np.nextafter(radius, np.inf), 0.0)
     return Enclosure(middle, np.where(np.isfinite(middle), radius, 0.0))
@@ -224,7 +251,7 @@ def exact_by_width(a: Operand, w: Operand, path: Datapath, previous: Interval | 
     With q the product of the rows' lowest bits, every partial sum is a multiple of q. Nothing is cut if the largest product
     exponent is at most 2^F q, and nothing is rounded if sum |a| |w| (plus the start) stays below 2^min(F + 1, P) q."""
     values_a, values_w = dot.values(a), dot.values(w)
-    finite = np.isfinite(values_a).all(axis=1)[:, None] & np.isfinite(values_w).all(axis=1)[None, :]
+    finite = np.asarray(np.isfinite(values_a).all(axis=1))[:, None] & np.asarray(np.isfinite(values_w).all(axis=1))[None, :]
     values_a, values_w = np.where(np.isfinite(values_a), values_a, 0.0), np.where(np.isfinite(values_w), values_w, 0.0)
     magnitude = np.abs(values_a) @ np.abs(values_w).T
     low_a = np.min(low_bit(values_a), axis=1, initial=np.inf)
@@ -247,6 +274,15 @@ def exact_by_width(a: Operand, w: Operand, path: Datapath, previous: Interval | 
 
 def _dot_bound(a: Operand, w: Operand, contraction: Contraction, previous: Interval | None) -> Interval:
     """Interval of one segment's accumulator, its output format included."""
+    if previous is None:
+        return _accumulated(a, w, contraction, None)
+    if contraction.datapath.family is Family.INTEGER:
+        raise ValueError(f"{contraction.datapath}: an integer accumulator starts from zero; declare Start.ZERO")
+    found = _unbounded(_accumulated(a, w, contraction, previous), _open(previous))
+    return found.masks(previous)
+
+
+def _accumulated(a: Operand, w: Operand, contraction: Contraction, previous: Interval | None) -> Interval:
     path = contraction.datapath
     prefix = None if previous is None else _prefix(previous)
     if path.family is Family.INTEGER:
@@ -264,6 +300,8 @@ def _dot_bound(a: Operand, w: Operand, contraction: Contraction, previous: Inter
             total = sum_odd(found.value, prefix.value)
             slack = np.where(np.isfinite(total), np.spacing(np.abs(total)), 0.0)
             radius = found.radius + prefix.radius + np.where(np.isfinite(extra), extra, 0.0) + slack
+            size = np.abs(_finite(dot.values(a))) @ np.abs(_finite(dot.values(w))).T + np.abs(_finite(prefix.value)) + radius
+            radius = np.where(size < float(path.output.max_finite), radius, np.inf)
             found = Enclosure(total, np.where(np.isfinite(total), radius, 0.0))
     return _widen(Enclosure(found.value, np.where(exact, 0.0, found.radius)))
 
@@ -280,7 +318,8 @@ def _converted(operand: Operand, fmt: Format) -> Codes:
 
 def _contract(contraction: Contraction, environment: Environment, previous: Interval | None, emulated: bool) -> Interval:
     a, w = (environment[name] for name in contraction.operands)
-    assert isinstance(a, Operand) and isinstance(w, Operand)
+    assert isinstance(a, Operand)
+    assert isinstance(w, Operand)
     if contraction.start is Start.ZERO:
         previous = None
     if contraction.conversion is not None:
@@ -314,17 +353,32 @@ def _contract(contraction: Contraction, environment: Environment, previous: Inte
         result = _round(_sum(result, partial), contraction.reduction, Rounding.RNE)
     unordered = contraction.reduction_order is Order.UNKNOWN or contraction.order is Order.UNKNOWN
     if unordered and not emulated and (len(partials) > 2 or contraction.segment):
-        result = _any_order(result, contraction, environment, k, len(partials))
+        result = _any_order(result, contraction, environment, k, len(partials), previous)
     return result
 
 
-def _any_order(result: Interval, contraction: Contraction, environment: Environment, k: int, count: int) -> Interval:
-    """Widen a sum of segments and splits so that it holds for every order of additions: terms * u * sum of magnitudes."""
-    magnitude = np.abs(_ideal_dot(contraction, environment, magnitudes=True))
+def _any_order(result: Interval, contraction: Contraction, environment: Environment, k: int, count: int,
+               previous: Interval | None) -> Interval:
+    """Widen a sum of segments and splits so that it holds for every order of additions: terms * u * sum of magnitudes. Where
+    every term is a multiple of one unit and their sum fits the format, no order rounds and nothing is widened. Where some order
+    may overflow, everything is admitted."""
+    left, right = _sides(contraction, environment)
+    magnitude = np.abs(dot.dot_exact(np.abs(left), np.abs(right)).value)
     terms = count + (-(-k // contraction.segment) if contraction.segment else 0)
-    unit = 2.0 ** (1 - min(contraction.running.precision, contraction.reduction.precision))
-    radius = 2.0 * terms * unit * magnitude
-    return Interval(result.lo - radius, result.hi + radius, result.nan, result.maybe_nan)
+    formats = (contraction.running, contraction.reduction)
+    bits = min(fmt.precision for fmt in (*formats, *(step.format for step in contraction.steps)))
+    least = max(2.0 ** (fmt.min_exponent + 1 - fmt.precision) for fmt in formats)
+    largest = min(float(fmt.max_finite) for fmt in formats)
+    with np.errstate(invalid="ignore", over="ignore"):
+        lowest = np.min(low_bit(np.nan_to_num(left)), axis=1, initial=np.inf)[:, None]
+        unit = lowest * np.min(low_bit(np.nan_to_num(right)), axis=1, initial=np.inf)[None, :]
+        if previous is not None:
+            magnitude = magnitude + np.maximum(np.abs(previous.lo), np.abs(previous.hi))
+            unit = np.where(previous.lo == previous.hi, np.minimum(unit, low_bit(_finite(previous.lo))), 0.0)
+        rounds = ~((magnitude * (1.0 + 2.0**-40) < 2.0**bits * unit) & (unit >= least))
+        radius = np.where(rounds & np.isfinite(magnitude), 2.0 * terms * (2.0 ** (1 - bits) * magnitude + least), 0.0)
+        overflow = np.isfinite(magnitude) & (magnitude + radius > largest)
+    return _unbounded(Interval(result.lo - radius, result.hi + radius, result.nan, result.maybe_nan), overflow)
 
 
 def _run(declaration: Declaration, environment: Environment, emulated: bool) -> Interval:
@@ -353,18 +407,29 @@ def _run(declaration: Declaration, environment: Environment, emulated: bool) -> 
     return value
 
 
+class ProgramError(ValueError):
+    """A declared program that has no value on these operands: the datapath does not take them, or the record makes no sense."""
+
+
 def emulate(declaration: Declaration, environment: Environment) -> Interval:
-    """The exact output values of the declared program, as a point interval [M, N]."""
-    return _run(declaration, environment, emulated=True)
+    """The exact output values of the declared program, as a point interval [M, N]. Raises ProgramError."""
+    return _evaluated(declaration, environment, emulated=True)
 
 
 def bound(declaration: Declaration, environment: Environment) -> Interval:
-    """An interval per output element [M, N] that holds whatever a kernel of this declaration may produce."""
-    return _run(declaration, environment, emulated=False)
+    """An interval per output element [M, N] that holds whatever a kernel of this declaration may produce. Raises ProgramError."""
+    return _evaluated(declaration, environment, emulated=False)
 
 
-def _ideal_dot(contraction: Contraction, environment: Environment, magnitudes: bool = False) -> Reals:
-    """The contraction over the reals, group scales included, in float64 (relative error below K * 2^-52)."""
+def _evaluated(declaration: Declaration, environment: Environment, emulated: bool) -> Interval:
+    try:
+        return _run(declaration, environment, emulated)
+    except (ValueError, ArithmeticError, LookupError) as error:
+        raise ProgramError(str(error) or type(error).__name__) from error
+
+
+def _sides(contraction: Contraction, environment: Environment) -> list[Reals]:
+    """Values of both operands [rows, K], the group scales that belong to them multiplied in."""
     sides = []
     for name, axis in zip(contraction.operands, "mn", strict=True):
         operand = environment[name]
@@ -376,8 +441,14 @@ def _ideal_dot(contraction: Contraction, environment: Environment, magnitudes: b
                 assert isinstance(factor, Factor)
                 if factor.axis == axis:
                     values = values * np.repeat(factor.values, contraction.segment, axis=-1)[:, : values.shape[1]]
-        sides.append(np.abs(values) if magnitudes else values)
-    return dot.dot_exact(sides[0], sides[1]).value
+        sides.append(values)
+    return sides
+
+
+def _ideal_dot(contraction: Contraction, environment: Environment) -> Reals:
+    """The contraction over the reals, group scales included, in float64 (relative error below K * 2^-52)."""
+    left, right = _sides(contraction, environment)
+    return dot.dot_exact(left, right).value
 
 
 def ideal(declaration: Declaration, environment: Environment) -> Reals:

@@ -30,7 +30,9 @@ def test_no_clause_number_is_used_twice() -> None:
     assert [clause for clause, count in Counter(DEFINED).items() if count > 1] == []
 
 
-@pytest.mark.parametrize(("folder", "pattern"), [("conformance", "*.py"), ("kernels", "*.py"), ("golden", "*.json"), ("tests", "*.py")])
+@pytest.mark.parametrize(
+    ("folder", "pattern"), [("conformance", "*.py"), ("kernels", "*.py"), ("golden", "*.json"), ("tests", "*.py")]
+)
 def test_every_clause_that_is_cited_exists(folder: str, pattern: str) -> None:
     unknown = {clause: files for clause, files in _cited(folder, pattern).items() if clause not in DEFINED}
     assert unknown == {}
@@ -38,7 +40,8 @@ def test_every_clause_that_is_cited_exists(folder: str, pattern: str) -> None:
 
 def test_every_clause_of_an_op_belongs_to_that_op() -> None:
     cited = {clause for op in ops().values() for clause in op.clauses}
-    of_ops = {clause for clause in DEFINED if clause.split("-")[0] in ("ENC", "QNT", "W8A8", "W4A8", "W4A16", "W4I8", "NVF", "INT", "GEM")}
+    areas = ("ENC", "QNT", "W8A8", "W4A8", "W4A16", "W4I8", "NVF", "INT", "GEM")
+    of_ops = {clause for clause in DEFINED if clause.split("-")[0] in areas}
     assert of_ops - cited == set(), "clauses that no op claims to keep"
 
 

@@ -6,6 +6,7 @@ import hashlib
 import importlib.util
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -695,9 +696,14 @@ def test_findings_of_verify(sample: Report, data: str, tmp_path: Path) -> None:
         assert said in found
 
 
-@pytest.mark.parametrize("backend", ["ac me", "acme; rm x", "", "it's"])
-def test_a_repro_line_that_does_not_run_its_case_is_found(backend: str) -> None:
-    assert "repro line" in _one_finding(_small([_pack(), _pack(seed=1, backend=backend, **FAIL)]))
+def test_a_repro_line_that_does_not_run_its_case_is_found() -> None:
+    assert "repro line" in _one_finding(_small([_pack(), _pack(seed=1, backend="", **FAIL)]))
+
+
+@pytest.mark.parametrize("backend", ["ac me", "acme; rm x", "it's"])
+def test_a_repro_line_quotes_what_a_shell_would_read(backend: str) -> None:
+    verdict = _pack(seed=1, backend=backend, **FAIL)
+    assert shlex.split(verdict.repro)[-1] == backend
 
 
 # JUnit ---------------------------------------------------------------------------------------------------------------------
