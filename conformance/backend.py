@@ -122,6 +122,8 @@ def find_backend(reference: str) -> Any:
         found = point.load()
         if not hasattr(found, "run") or isinstance(found, type):
             found = found(argument) if argument else found()
+    except BackendError:
+        raise
     except Exception as error:
         raise BackendError(f"backend {reference!r} ({point.value}) does not load: {type(error).__name__}: {error}") from error
     missing = [attribute for attribute in ("name", "target", "supports", "declare", "run") if not hasattr(found, attribute)]

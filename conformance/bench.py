@@ -85,13 +85,26 @@ def _emulation() -> list[dict[str, Any]]:
         path = DATAPATHS[name]
         seconds = _median(lambda: numba_dot.dot_emulated_compiled(a, w, path), 3)  # noqa: B023
         bound_seconds = _median(lambda: running_bound(a, w, path), 1)  # noqa: B023
-        rows.append({"datapath": name, "products": m * n * k, "emulate_ns_per_product": seconds / (m * n * k) * 1e9,
-                     "bound_ns_per_product": bound_seconds / (m * n * k) * 1e9})
+        rows.append(
+            {
+                "datapath": name,
+                "products": m * n * k,
+                "emulate_ns_per_product": seconds / (m * n * k) * 1e9,
+                "bound_ns_per_product": bound_seconds / (m * n * k) * 1e9,
+            }
+        )
     return rows
 
 
-_PATHS = {"gemm_w4a16": "hopper_bf16", "gemm_w8a8_fp8": "hopper_wgmma_fp8", "gemm_w4a8_fp8": "hopper_wgmma_fp8",
-          "gemm_w4a8_fp8_grouped": "hopper_wgmma_fp8", "gemm_w4a8_int8": "imma_s32", "gemm_nvfp4": "blackwell_nvfp4", "gemm_int4": "imma_s32"}
+_PATHS = {
+    "gemm_w4a16": "hopper_bf16",
+    "gemm_w8a8_fp8": "hopper_wgmma_fp8",
+    "gemm_w4a8_fp8": "hopper_wgmma_fp8",
+    "gemm_w4a8_fp8_grouped": "hopper_wgmma_fp8",
+    "gemm_w4a8_int8": "imma_s32",
+    "gemm_nvfp4": "blackwell_nvfp4",
+    "gemm_int4": "imma_s32",
+}
 
 
 def _judge(op: Op) -> dict[str, Any]:
@@ -111,7 +124,8 @@ def _judge(op: Op) -> dict[str, Any]:
         judge_outputs({"d": expected}, {"d": expected.example()}, {})
 
     contraction = program[0]
-    assert isinstance(contraction, Contraction) and contraction.order is Order.ASCENDING
+    assert isinstance(contraction, Contraction)
+    assert contraction.order is Order.ASCENDING
     return {"op": op.name, "case": str(case), "datapath": _PATHS[op.name], "seconds": _median(run, 1)}
 
 
@@ -121,11 +135,20 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="also write the figures here")
     parser.add_argument("--elements", type=int, default=1 << 23, help="elements per codec run")
     arguments = parser.parse_args()
-    data = {"codecs": _codecs(arguments.elements), "emulation": _emulation(), "judge": [_judge(op) for op in ops().values() if op.is_gemm]}
+    data = {
+        "codecs": _codecs(arguments.elements),
+        "emulation": _emulation(),
+        "judge": [_judge(op) for op in ops().values() if op.is_gemm],
+    }
     for row in data["codecs"]:
-        print("  ".join(f"{key} {value:.0f}" if isinstance(value, float) else f"{value}" for key, value in row.items()), "(M elements/s)")
+        print(
+            "  ".join(f"{key} {value:.0f}" if isinstance(value, float) else f"{value}" for key, value in row.items()),
+            "(M elements/s)",
+        )
     for row in data["emulation"]:
-        print(f"{row['datapath']}: emulation {row['emulate_ns_per_product']:.1f} ns, bound {row['bound_ns_per_product']:.1f} ns per product")
+        print(
+            f"{row['datapath']}: emulated {row['emulate_ns_per_product']:.1f}, bound {row['bound_ns_per_product']:.1f} ns/product"
+        )
     for row in data["judge"]:
         print(f"{row['case']} under {row['datapath']}: judged in {row['seconds']:.2f} s")
     if arguments.json:

@@ -54,7 +54,20 @@ def gemm_expect(op: Op, case: Case, operands: Operands, declaration: Declaration
 def _accumulator_bits(contraction: Contraction) -> int:
     path = contraction.datapath
     bits = min(path.output_bits, path.fraction_bits + 1) if path.fraction_bits else path.output_bits
-    return min(bits, contraction.running.precision) if contraction.segment else bits
+    bits = min(bits, contraction.running.precision) if contraction.segment else bits
+    return min(bits, contraction.reduction.precision) if contraction.splits > 1 else bits
+
+
+_VALUE_BITS = {"e2m1": 6, "int4": 4, "uint4": 4, "e4m3fn": 4, "e4m3fnuz": 4, "e5m2": 3, "int8": 8, "f16": 11, "bf16": 8}
+"""Significand bits that hold every value of an operand exactly, its block scale (NVFP4: 2 + 4 bits) included."""
+
+
+def _lossy(op: Op, problem: Problem, contraction: Contraction) -> bool:
+    """Whether a declared conversion of the operands rounds some of their values."""
+    if contraction.conversion is None:
+        return False
+    formats = [spec.format.name for spec in tensors_of(op, problem) if spec.name in contraction.operands]
+    return any(_VALUE_BITS.get(name, 53) > contraction.conversion.precision for name in formats)
 
 
 def _step_bits(program: tuple[Contraction | Step, ...]) -> int:
@@ -80,6 +93,9 @@ def check_declaration(op: Op, problem: Problem, declaration: Declaration) -> tup
     if not isinstance(last, Step) or last.kind is not StepKind.CAST or last.format is not output.format:
         return f"the program must end in a cast to {output.format} (clause DEC-3)", ""
     contractions = [item for item in declaration.program if isinstance(item, Contraction)]
+    senseless = next((c for c in contractions if c.splits < 1 or c.segment < 0), None)
+    if senseless is not None:
+        return f"segments of {senseless.segment} and {senseless.splits} splits make no sense (clause DEC-1)", ""
     if any(c.steps and not c.segment for c in contractions):
         return "steps inside a contraction belong to segments of K; give `segment` (clause DEC-1)", ""
     if declaration.claim is Claim.BIT_EXACT:
@@ -90,6 +106,7 @@ def check_declaration(op: Op, problem: Problem, declaration: Declaration) -> tup
     looser = []
     if op.minimum_bits and bits < op.minimum_bits:
         looser.append(f"accumulator of {bits} bits, the contract's minimum is {op.minimum_bits}")
+    looser += [f"operands rounded to {c.conversion}" for c in contractions if _lossy(op, problem, c)]
     steps = _step_bits(declaration.program)
     if steps < min(24, _step_bits(normative)):
         looser.append(f"steps of {steps} significand bits, the contract's are {_step_bits(normative)}")

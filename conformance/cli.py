@@ -32,7 +32,7 @@ from .op import DomainError
 from .ops import ops
 from .report import MergeError, OutputError, ReportError
 from .selection import CONTRACT, case_list
-from .verdict import FAILING, PASSING, Status, Verdict
+from .verdict import FAILING, Status, Verdict
 from .waivers import WaiverError
 from .worker import WorkerError
 
@@ -49,7 +49,16 @@ _err = Console(stderr=True, highlight=False, soft_wrap=True)
 _WITHOUT_OUTPUT = (Status.UNSUPPORTED, Status.RAISED, Status.CRASHED, Status.TIMEOUT)
 _COLOUR = {Status.EXACT: "green", Status.WITHIN: "green", Status.UNSUPPORTED: "dim", Status.WAIVED: "yellow"}
 
-JsonOption = Annotated[Path | None, typer.Option("--json", help="Also write the figures to this file as JSON.")]
+
+
+def _writable(path: Path | None) -> Path | None:
+    """The path, whose folder exists and can be written: found before anything is computed."""
+    if path is not None:
+        reports.prepare_folder(path.resolve().parent)
+    return path
+
+
+JsonOption = Annotated[Path | None, typer.Option("--json", callback=_writable, help="Also write the figures to this file as JSON.")]
 BackendOption = Annotated[str, typer.Option("--backend", "-b", help="Backend: NAME, NAME:ARGUMENT or python:FILE.py:ATTRIBUTE.")]
 
 
@@ -63,7 +72,6 @@ class Stop(Exception):
 
 def _write_json(path: Path | None, data: Any) -> None:
     if path is not None:
-        reports.prepare_folder(path.resolve().parent)
         reports.write_atomically(path, json.dumps(data, indent=1, sort_keys=True) + "\n")
 
 
@@ -225,8 +233,9 @@ def certify(
         tuple(waivers_room.read(waivers)) if waivers else (), tensors,
     )
     power = _strength(strength) if strength else None
-    for folder in (out, *((json_path.resolve().parent,) if json_path else ())):
-        reports.prepare_folder(folder)
+    for name in plan.ops:
+        _names(name)
+    reports.prepare_folder(out)
     partial = out / "verdicts.jsonl"
     done = reports.load_partial(partial) if resume and partial.exists() else ()
     progress: dict[str, Any] = {}
@@ -291,12 +300,12 @@ def _end(result: reports.Report, require_device: bool) -> None:
     owed = waivers_room.findings(result.verdicts, result.waivers, result.manifest.cases, datetime.now(timezone.utc).date())
     if failed or owed:
         raise Stop(ExitCode.FAILED, "; ".join(owed))
-    if not any(verdict.status in PASSING for verdict in result.verdicts):
+    whole = result.run.shard == (1, 1)
+    if whole and all(verdict.status is Status.UNSUPPORTED for verdict in result.verdicts if verdict.lane != "reject"):
         raise Stop(ExitCode.NOTHING_TO_CERTIFY, "no case was judged: the backend supports none of the selected problems")
     if require_device and reports.unexecuted(result):
         missing = ", ".join(reports.unexecuted(result))
         raise Stop(ExitCode.NOTHING_TO_CERTIFY, f"--require-device: not executed on the device: {missing}")
-    whole = result.run.shard == (1, 1)
     if whole and result.level_granted != result.level_requested:
         raise Stop(ExitCode.FAILED, f"level L{result.level_requested} was asked for and is not granted; the report says why")
 
@@ -468,8 +477,14 @@ _SENTENCES: tuple[tuple[type[BaseException], ExitCode], ...] = (
 )
 
 
+_LOADING = "load() raised BackendError: "
+
+
 def _worker_code(error: WorkerError) -> ExitCode:
-    return ExitCode.USAGE if "unknown backend" in str(error) else ExitCode.FAILED
+    """A backend that does not exist is a mistake of the command line; one that does not load or lacks a method has failed L0."""
+    text = str(error)
+    named_wrong = text.startswith(_LOADING) and "does not load" not in text and " lacks " not in text
+    return ExitCode.USAGE if named_wrong else ExitCode.FAILED
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -477,29 +492,30 @@ def main(arguments: Sequence[str] | None = None) -> None:
     raise SystemExit(int(_main(arguments)))
 
 
+def _interrupted() -> ExitCode:
+    """Ctrl-C, which typer returns as a number or raises, by version."""
+    _err.print("lowbit: interrupted; the verdicts so far are in verdicts.jsonl, continue with --resume", markup=False)
+    return ExitCode.INTERRUPTED
+
+
 def _main(arguments: Sequence[str] | None) -> ExitCode:
     try:
-        app(args=list(sys.argv[1:] if arguments is None else arguments), standalone_mode=False)
-        return ExitCode.REACHED
+        ended = app(args=list(sys.argv[1:] if arguments is None else arguments) or ["--help"], standalone_mode=False)
+        return _interrupted() if ended == ExitCode.INTERRUPTED else ExitCode.REACHED
     except Stop as stop:
         if stop.message:
             _err.print(f"lowbit: {stop.message}", markup=False)
         return stop.code
-    except typer.Abort:
-        return ExitCode.INTERRUPTED
-    except KeyboardInterrupt:
-        _err.print("lowbit: interrupted; verdicts so far are in verdicts.jsonl, continue with --resume", markup=False)
-        return ExitCode.INTERRUPTED
+    except (typer.Abort, KeyboardInterrupt):
+        return _interrupted()
     except WorkerError as error:
-        _err.print(f"lowbit: {str(error).removeprefix('load() raised BackendError: ')}", markup=False)
+        _err.print(f"lowbit: {str(error).removeprefix(_LOADING)}", markup=False)
         return _worker_code(error)
     except Exception as error:
         code = next((code for kind, code in _SENTENCES if isinstance(error, kind)), None)
         if code is None and hasattr(error, "format_message"):  # typer's own errors, whose class moved between its versions
             _err.print(f"lowbit: {error.format_message()}", markup=False)
             return ExitCode.USAGE
-        if code is None and isinstance(error, ValueError) and "case id" in str(error):
-            code = ExitCode.USAGE
         if code is not None:
             _err.print(f"lowbit: {error}", markup=False)
             return code

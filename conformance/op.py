@@ -24,9 +24,9 @@ from lowbit.references.formats import BF16, E4M3FN, E4M3FNUZ, F16, F32, FORMATS,
 from .case import Case, Operands, Problem, Stream
 
 __all__ = [
-    "Constraint", "DomainError", "Expectation", "Family", "Flag", "Op", "Option", "ResolvedTensor", "Role", "TensorSpec",
-    "evaluate", "exactly", "in_format", "make_problem", "outside_domain", "parse_case", "parse_problem", "possible_options", "specs_of",
-    "tensors_of",
+    "GEMM_PATTERNS", "Constraint", "DomainError", "Expectation", "Family", "Flag", "Op", "Option", "ResolvedTensor", "Role",
+    "TensorSpec", "evaluate", "exactly", "in_format", "make_problem", "outside_domain", "parse_case", "parse_problem",
+    "possible_options", "specs_of", "tensors_of",
 ]
 
 
@@ -178,6 +178,13 @@ class ResolvedTensor:
     family: Family
     layout: str
     logical: tuple[int, ...]
+
+
+GEMM_PATTERNS = (
+    "exactw8", "exactw11", "exactw14", "exactw24", "onehot", "scaleprobe", "normal", "positive", "shifted", "lognormal", "cancel",
+    "special", "zeros", "extremes", "maxima", "ramp", "golden", "tensors",
+)
+"""Patterns of a matrix product, unless its file leaves one out (patterns.py says what each draws)."""
 
 
 Expect = Callable[[Case, Operands, Declaration], Mapping[str, Expectation]]

@@ -65,7 +65,7 @@ def reals(pattern: str, shape: tuple[int, ...], stream: Stream) -> Reals:
     """
     match pattern:
         case "positive":
-            return np.abs(stream.normal(shape)) + 2.0**-6
+            return np.asarray(np.abs(stream.normal(shape)) + 2.0**-6)
         case "shifted":
             return np.asarray(stream.normal(shape) * 0.5 + 1.0)
         case "lognormal":
@@ -169,7 +169,8 @@ def _block_scales(pattern: str, spec: ResolvedTensor, stream: Stream) -> Codes:
     fmt, shape = spec.format, spec.shape
     if pattern == "ramp" and fmt.bits <= 8:
         count = fmt.max_code
-        return (np.arange(int(np.prod(shape, dtype=np.int64))).reshape(shape) * 3 % count + 1).astype(container(fmt))
+        start = int(stream.integers(0, count - 1, (1,))[0])
+        return ((np.arange(int(np.prod(shape, dtype=np.int64))).reshape(shape) + start) * 5 % count + 1).astype(container(fmt))
     low, high = (-3, 3) if fmt.bits <= 8 else (-7, -2)
     codes = encode(_powers(low, high, fmt.mantissa_bits, shape, stream), fmt)
     if pattern == "extremes":
@@ -253,6 +254,14 @@ def _plain(op: Op, case: Case, spec: ResolvedTensor, stream: Stream) -> Codes:
             return _elements(case.pattern, spec, stream)
 
 
+def _zero_opposite(a: Tensor, w: Tensor) -> Codes:
+    """Weights with a zero code in one column at every k where A is not finite: NaN and infinity times zero are NaN."""
+    codes = w.codes.copy()
+    lost = np.flatnonzero(~np.isfinite(decode(a.codes, a.format)).reshape(-1, a.codes.shape[-1]).all(axis=0))
+    codes[..., lost % codes.shape[-2], lost] = 0
+    return codes
+
+
 # Exact lanes ---------------------------------------------------------------------------------------------------------
 
 _SHORT = (1.0, 1.25, 1.5, 1.75)
@@ -334,6 +343,8 @@ def draw_operands(op: Op, case: Case, batch: int = 0) -> Operands:
         tensors[spec.name] = Tensor(np.ascontiguousarray(codes), spec.format)
     if case.pattern == "cancel" and "w" in tensors:
         tensors["w"] = Tensor(_alternate(tensors["w"]), tensors["w"].format)
+    if case.pattern == "special" and "w" in tensors and "a" in tensors:
+        tensors["w"] = Tensor(_zero_opposite(tensors["a"], tensors["w"]), tensors["w"].format)
     if case.pattern == "special" and "group_scale" in tensors:
         tensors["w"] = Tensor(_zeros_under_nan(tensors["w"], tensors["group_scale"]), tensors["w"].format)
     operands = Operands(tensors)
@@ -366,12 +377,13 @@ def _alternate(w: Tensor) -> Codes:
 
 def _fit(op: Op, case: Case, operands: Operands, width: int) -> Operands:
     """Thin the rows of the activation until the exactness of the lane holds for the operands as the op uses them."""
-    assert op.environment is not None and op.program is not None
+    assert op.environment is not None
     environment = op.environment(case.problem, operands)
     a, w = environment["a"], environment["w"]
-    assert isinstance(a, dot.Operand) and isinstance(w, dot.Operand)
+    assert isinstance(a, dot.Operand)
+    assert isinstance(w, dot.Operand)
     values_a, values_w = dot.values(a), dot.values(w)
-    for name, factor in environment.items():  # group scales on the accumulator count as part of their operand
+    for factor in environment.values():  # group scales on the accumulator count as part of their operand
         if isinstance(factor, Factor) and factor.grouped and factor.values.shape[-1]:
             span = -(-values_a.shape[1] // factor.values.shape[-1])
             spread = np.repeat(factor.values, span, axis=-1)[:, : values_a.shape[1]]

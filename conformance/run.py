@@ -15,13 +15,14 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 
 import numpy as np
 import numpy.typing as npt
 
 from lowbit.references.declarations import Claim, Contraction, Declaration
 from lowbit.references.formats import Codes
+from lowbit.references.interpret import ProgramError
 
 from . import properties, report, stability, tensors, vectors, waivers
 from .bounds import check_declaration, gemm_expect, power, restrict, sample_of
@@ -34,15 +35,29 @@ from .verdict import PASSING, Execution, Judgement, Kernel, Status, Verdict, dig
 from .worker import Ending, Fault, Outcome, Variation, Worker, WorkerError
 
 __all__ = [
-    "EXECUTION", "Plan", "Rejudged", "Session", "batches_of", "certify", "expectations_of", "listed_cases", "listed_of", "operands_of",
-    "products_of", "rejudge", "run_one",
+    "EXECUTION",
+    "Plan",
+    "Rejudged",
+    "Session",
+    "batches_of",
+    "certify",
+    "expectations_of",
+    "listed_cases",
+    "listed_of",
+    "operands_of",
+    "products_of",
+    "rejudge",
+    "run_one",
 ]
 
 EXECUTION = {"sim": Execution.EMULATED}
 """Targets whose verdicts are not of a device. Every other target executes where its tensors live."""
 
 _ENDINGS = {
-    Ending.RAISED: Status.RAISED, Ending.CRASHED: Status.CRASHED, Ending.TIMEOUT: Status.TIMEOUT, Ending.MALFORMED: Status.MALFORMED,
+    Ending.RAISED: Status.RAISED,
+    Ending.CRASHED: Status.CRASHED,
+    Ending.TIMEOUT: Status.TIMEOUT,
+    Ending.MALFORMED: Status.MALFORMED,
 }
 
 
@@ -81,10 +96,18 @@ def operands_of(op: Op, case: Case, batch: int = 0, source: str = "") -> Operand
 
 
 def _golden(op: Op, case: Case, declaration: Declaration) -> Mapping[str, Expectation] | None:
-    """The stored expectation, unless the declared accumulator is too narrow for the vector's sum to be exact."""
+    """The stored expectation, unless the declared accumulator is too narrow for the vector's sum to be exact, or the bits are
+    those of the op's own program and another one may be declared: the vector is then judged by the declaration."""
     vector = vectors.vector_of(case)
-    bits = [item.datapath.output_bits if not item.datapath.fraction_bits else min(item.datapath.output_bits, item.datapath.fraction_bits + 1)
-            for item in declaration.program if isinstance(item, Contraction)]
+    if declaration.program and not vector.any_program:
+        return None
+    bits = [
+        item.datapath.output_bits
+        if not item.datapath.fraction_bits
+        else min(item.datapath.output_bits, item.datapath.fraction_bits + 1)
+        for item in declaration.program
+        if isinstance(item, Contraction)
+    ]
     if vector.min_bits and bits and min(bits) < vector.min_bits:
         return None
     return vector.expectations
@@ -111,8 +134,10 @@ def listed_cases(plan: Plan) -> list[Listed]:
         found += case_list(op, per_op=plan.per_op)
         found += [Listed(vector.case, "golden", 1) for vector in vectors.load(name)]
         found += [Listed(case, "property", 2) for case in properties.property_cases(op)]
-        found += [Listed(Case(parse_problem(text, ops(), check=False), "reject", number), "reject", 2)
-                  for number, (text, _) in enumerate(op.rejects)]
+        found += [
+            Listed(Case(parse_problem(text, ops(), check=False), "reject", number), "reject", 2)
+            for number, (text, _) in enumerate(op.rejects)
+        ]
         found += [Listed(case, "stability", 3) for case in stability.stability_cases(op)]
     if plan.tensors:
         found += [Listed(case, "tensors", 2) for case in tensors.tensor_cases(plan.tensors, plan.ops)]
@@ -183,8 +208,15 @@ class Session:
     def _verdict(self, item: Listed, tactic: str, status: Status, reason: str = "", **more: object) -> Verdict:
         op = ops()[item.case.problem.op]
         base = Verdict(
-            str(item.case), self.plan.backend, tactic, item.lane, item.level, status, reason,
-            execution=EXECUTION.get(self.target, Execution.EXECUTED), source=self.plan.tensors if item.lane == "tensors" else "",
+            str(item.case),
+            self.plan.backend,
+            tactic,
+            item.lane,
+            item.level,
+            status,
+            reason,
+            execution=EXECUTION.get(self.target, Execution.EXECUTED),
+            source=self.plan.tensors if item.lane == "tensors" else "",
             products=products_of(op, item.case.problem) if item.lane != "reject" else 0,
         )
         if "clause" not in more:
@@ -212,12 +244,19 @@ class Session:
             declaration, wrong, kind = self.declaration(op, item.case.problem, tactic)
             if declaration is None:
                 yield self._verdict(item, tactic, Status.MALFORMED, f"declaration: {wrong}", clause="DEC-1")
-            elif item.lane == "property":
-                yield self._property(op, item, tactic, declaration)
-            elif item.lane == "stability":
-                yield self._stability(op, item, tactic, declaration)
             else:
-                yield replace(self._compute(op, item, tactic, declaration), declared=kind)
+                try:
+                    yield self._by_lane(op, item, tactic, declaration, kind)
+                except ProgramError as error:
+                    yield self._verdict(item, tactic, Status.MALFORMED, f"declaration: {error}", clause="DEC-1")
+
+    def _by_lane(self, op: Op, item: Listed, tactic: str, declaration: Declaration, kind: str) -> Verdict:
+        """Raises ProgramError where the declared program has no value on the case's operands."""
+        if item.lane == "property":
+            return self._property(op, item, tactic, declaration)
+        if item.lane == "stability":
+            return self._stability(op, item, tactic, declaration)
+        return replace(self._compute(op, item, tactic, declaration), declared=kind)
 
     def _rejected(self, op: Op, item: Listed, support: str | Fault | None) -> Verdict:
         clause = dict((text, clause) for text, clause in op.rejects)[str(item.case.problem)]
@@ -233,9 +272,13 @@ class Session:
         """The verdict of an outcome that gives nothing to judge; None where it does."""
         if outcome.status in _ENDINGS:
             reason = outcome.reason or "; ".join(outcome.findings)
-            return self._verdict(item, tactic, _ENDINGS[outcome.status], reason, clause="BCK-3", kernel=outcome.kernel, seconds=outcome.seconds)
+            return self._verdict(
+                item, tactic, _ENDINGS[outcome.status], reason, clause="BCK-3", kernel=outcome.kernel, seconds=outcome.seconds
+            )
         if outcome.findings:
-            return self._verdict(item, tactic, Status.MALFORMED, "; ".join(outcome.findings), clause="MEM-1", kernel=outcome.kernel)
+            return self._verdict(
+                item, tactic, Status.MALFORMED, "; ".join(outcome.findings), clause="MEM-1", kernel=outcome.kernel
+            )
         return None
 
     def _compute(self, op: Op, item: Listed, tactic: str, declaration: Declaration) -> Verdict:
@@ -251,7 +294,8 @@ class Session:
         for batch in range(batches):
             operands = operands_of(op, case, batch, self.plan.tensors)
             self.worker.submit(
-                case.problem, tactic, operands, specs, observe=self.device != "host", label=str(case), timeout=self.plan.timeout)
+                case.problem, tactic, operands, specs, observe=self.device != "host", label=str(case), timeout=self.plan.timeout
+            )
             try:
                 operand_digest = operand_digest or operands.sha256()
                 expected, statement, cut = _expected(op, case, operands, declaration)
@@ -268,16 +312,45 @@ class Session:
             seconds += outcome.seconds
             kernel, kernel_source = outcome.kernel, outcome.kernel_source
             digest = digest or digest_outputs(outcome.outputs)
-        return self._settle(item, tactic, declaration, judgements, shown, Verdict(
-            "", "", "", "", 0, Status.EXACT, kernel=kernel, kernel_source=kernel_source, operands=operand_digest, total=elements,
-            sample=statement, seconds=seconds, output_sha256=digest,
-        ))
+        return self._settle(
+            item,
+            tactic,
+            declaration,
+            judgements,
+            shown,
+            Verdict(
+                "",
+                "",
+                "",
+                "",
+                0,
+                Status.EXACT,
+                kernel=kernel,
+                kernel_source=kernel_source,
+                operands=operand_digest,
+                total=elements,
+                sample=statement,
+                seconds=seconds,
+                output_sha256=digest,
+            ),
+        )
 
-    def _settle(self, item: Listed, tactic: str, declaration: Declaration, judgements: Sequence[Judgement],
-                shown: Mapping[str, bool], facts: Verdict) -> Verdict:
+    def _settle(
+        self,
+        item: Listed,
+        tactic: str,
+        declaration: Declaration,
+        judgements: Sequence[Judgement],
+        shown: Mapping[str, bool],
+        facts: Verdict,
+    ) -> Verdict:
         """One verdict from the judgements of all batches."""
         wrong, judged = sum(j.wrong for j in judgements), sum(j.judged for j in judgements)
-        worst = max((j for j in judgements if j.worst), key=lambda j: (j.worst.ulps, j.worst.share or 0.0) if j.worst else (0, 0.0), default=None)
+        worst = max(
+            (j for j in judgements if j.worst),
+            key=lambda j: (j.worst.ulps, j.worst.share or 0.0) if j.worst else (0, 0.0),
+            default=None,
+        )
         histogram: dict[str, int] = {}
         for judgement in judgements:
             for label, count in judgement.ulp_histogram.items():
@@ -292,9 +365,23 @@ class Session:
             else:
                 self._shares[name] = share
         return self._verdict(
-            item, tactic, status, reason, kernel=facts.kernel, kernel_source=facts.kernel_source, operands=facts.operands, wrong=wrong,
-            judged=judged, total=facts.total, sample=facts.sample, worst=worst.worst if worst else None, ulp_histogram=histogram,
-            power=dict(shown), seconds=facts.seconds, heat=heat, output_sha256=facts.output_sha256,
+            item,
+            tactic,
+            status,
+            reason,
+            kernel=facts.kernel,
+            kernel_source=facts.kernel_source,
+            operands=facts.operands,
+            wrong=wrong,
+            judged=judged,
+            total=facts.total,
+            sample=facts.sample,
+            worst=worst.worst if worst else None,
+            ulp_histogram=histogram,
+            power=dict(shown),
+            seconds=facts.seconds,
+            heat=heat,
+            output_sha256=facts.output_sha256,
         )
 
     def _property(self, op: Op, item: Listed, tactic: str, declaration: Declaration) -> Verdict:
@@ -307,16 +394,36 @@ class Session:
         if isinstance(found, Outcome):
             return self._outcome_verdict(item, tactic, found) or self._verdict(item, tactic, Status.MALFORMED, "no outcome")
         status = Status.DRIFT if found.wrong else Status.EXACT
-        return self._verdict(item, tactic, status, found.reason, clause=found.clause, wrong=found.wrong, judged=found.judged,
-                             total=found.judged, operands=found.operands, kernel=found.kernel)
+        return self._verdict(
+            item,
+            tactic,
+            status,
+            found.reason,
+            clause=found.clause,
+            wrong=found.wrong,
+            judged=found.judged,
+            total=found.judged,
+            operands=found.operands,
+            kernel=found.kernel,
+        )
 
     def _stability(self, op: Op, item: Listed, tactic: str, declaration: Declaration) -> Verdict:
         found = stability.judge_stability(op, item.case, declaration, self._execute(op, tactic, item), self.plan.repeats)
         if isinstance(found, Outcome):
             return self._outcome_verdict(item, tactic, found) or self._verdict(item, tactic, Status.MALFORMED, "no outcome")
         status = Status.DRIFT if found.wrong else Status.EXACT
-        return self._verdict(item, tactic, status, found.reason, clause=found.clause, wrong=found.wrong, judged=found.judged,
-                             total=found.judged, operands=found.operands, kernel=found.kernel)
+        return self._verdict(
+            item,
+            tactic,
+            status,
+            found.reason,
+            clause=found.clause,
+            wrong=found.wrong,
+            judged=found.judged,
+            total=found.judged,
+            operands=found.operands,
+            kernel=found.kernel,
+        )
 
     def _execute(self, op: Op, tactic: str, item: Listed) -> Callable[[Problem, Operands, Variation], Outcome]:
         """Run the backend on other operands or under another variation, for properties and stability. Raises _Refused for a
@@ -332,7 +439,9 @@ class Session:
             if support is not None:
                 raise _Refused(f"the relation needs {problem}: {support}")
             specs = tensors_of(op, problem)
-            return self.worker.execute(problem, tactic, operands, specs, variation, label=str(item.case), timeout=self.plan.timeout)
+            return self.worker.execute(
+                problem, tactic, operands, specs, variation, label=str(item.case), timeout=self.plan.timeout
+            )
 
         return execute
 
@@ -352,7 +461,9 @@ def batches_of(op: Op, case: Case) -> int:
 Cut = tuple[Problem, Operands, tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]]
 
 
-def _expected(op: Op, case: Case, operands: Operands, declaration: Declaration) -> tuple[Mapping[str, Expectation], str, Cut | None]:
+def _expected(
+    op: Op, case: Case, operands: Operands, declaration: Declaration
+) -> tuple[Mapping[str, Expectation], str, Cut | None]:
     """(expectations, statement of the sample, what the sample cut out)."""
     sample = sample_of(case) if op.is_gemm else None
     if sample is None:
@@ -362,8 +473,9 @@ def _expected(op: Op, case: Case, operands: Operands, declaration: Declaration) 
     return expected, sample.statement(), (problem, part, (sample.rows, sample.columns))
 
 
-def _shown(op: Op, case: Case, operands: Operands, declaration: Declaration, expected: Mapping[str, Expectation],
-           cut: Cut | None) -> dict[str, bool]:
+def _shown(
+    op: Op, case: Case, operands: Operands, declaration: Declaration, expected: Mapping[str, Expectation], cut: Cut | None
+) -> dict[str, bool]:
     """Fault classes that the case would have shown, on its sample where it has one."""
     if not op.is_gemm or "d" not in expected or case.pattern == "golden":
         return {}
@@ -371,8 +483,15 @@ def _shown(op: Op, case: Case, operands: Operands, declaration: Declaration, exp
     return dict(power(op, local, operands if cut is None else cut[1], declaration, expected["d"]))
 
 
-def _judgement(op: Op, case: Case, operands: Operands, declaration: Declaration, outcome: Outcome,
-               expected: Mapping[str, Expectation], cut: Cut | None) -> Judgement:
+def _judgement(
+    op: Op,
+    case: Case,
+    operands: Operands,
+    declaration: Declaration,
+    outcome: Outcome,
+    expected: Mapping[str, Expectation],
+    cut: Cut | None,
+) -> Judgement:
     """The outputs of one batch against their admissible sets."""
     outputs, untouched = outcome.outputs, outcome.untouched
     given = _given(op, case, operands, declaration, outputs, expected)
@@ -383,7 +502,9 @@ def _judgement(op: Op, case: Case, operands: Operands, declaration: Declaration,
     return judge_outputs(given, outputs, untouched)
 
 
-def _conclusion(wrong: int, judged: int, pointed: bool, shown: Mapping[str, bool], declaration: Declaration) -> tuple[Status, str]:
+def _conclusion(
+    wrong: int, judged: int, pointed: bool, shown: Mapping[str, bool], declaration: Declaration
+) -> tuple[Status, str]:
     """Status and sentence of a case whose outputs were judged."""
     if wrong:
         return Status.DRIFT, f"{wrong:,} of {judged:,} judged elements are outside their admissible set"
@@ -406,7 +527,10 @@ class Rejudged:
 def rejudge(op: Op, case: Case, operands: Operands, declaration: Declaration, outcome: Outcome) -> Rejudged:
     """Judge the outcome of one batch as `certify` does, without a worker."""
     wrong, _ = check_declaration(op, case.problem, declaration)
-    expected, statement, cut = _expected(op, case, operands, declaration)
+    try:
+        expected, statement, cut = _expected(op, case, operands, declaration)
+    except ProgramError as error:
+        return Rejudged(Status.MALFORMED, f"declaration: {error}", Judgement(0, 0, True, None, {}, ()), "", {})
     shown = _shown(op, case, operands, declaration, expected, cut)
     found = _judgement(op, case, operands, declaration, outcome, expected, cut)
     status, reason = _conclusion(found.wrong, found.judged, found.pointed, shown, declaration)
@@ -417,8 +541,14 @@ def rejudge(op: Op, case: Case, operands: Operands, declaration: Declaration, ou
     return Rejudged(status, reason, found, statement, shown)
 
 
-def _given(op: Op, case: Case, operands: Operands, declaration: Declaration, outputs: Mapping[str, Codes],
-           expected: Mapping[str, Expectation]) -> Mapping[str, Expectation]:
+def _given(
+    op: Op,
+    case: Case,
+    operands: Operands,
+    declaration: Declaration,
+    outputs: Mapping[str, Codes],
+    expected: Mapping[str, Expectation],
+) -> Mapping[str, Expectation]:
     """Expectations that depend on the backend's own scales, where the op has such: codes are judged on those."""
     if op.expect_given is None or case.pattern == "golden":
         return expected
@@ -430,8 +560,15 @@ def _declaration_text(declaration: Declaration) -> str:
     lines = []
     for item in declaration.program:
         if isinstance(item, Contraction):
-            extra = "".join(f" {step.kind.name.lower()}({','.join(step.operands) or step.format.name}:{step.format}:{step.join.name.lower()})" for step in item.steps)
-            parts = [f"dot({item.operands[0]}, {item.operands[1]}) on {item.datapath}", f"K {item.order.name.lower()}", f"from {item.start.name.lower()}"]
+            extra = "".join(
+                f" {step.kind.name.lower()}({','.join(step.operands) or step.format.name}:{step.format}:{step.join.name.lower()})"
+                for step in item.steps
+            )
+            parts = [
+                f"dot({item.operands[0]}, {item.operands[1]}) on {item.datapath}",
+                f"K {item.order.name.lower()}",
+                f"from {item.start.name.lower()}",
+            ]
             if item.conversion is not None:
                 parts.append(f"operands to {item.conversion}")
             if item.segment:
@@ -440,8 +577,10 @@ def _declaration_text(declaration: Declaration) -> str:
                 parts.append(f"{item.splits} splits added in {item.reduction}")
             lines.append(", ".join(parts))
         else:
-            lines.append(f"{item.kind.name.lower()}({', '.join(item.operands) or item.format.name}) -> {item.format} {item.rounding.name}"
-                         + (f", {item.join.name.lower()}" if item.join else ""))
+            lines.append(
+                f"{item.kind.name.lower()}({', '.join(item.operands) or item.format.name}) -> {item.format} {item.rounding.name}"
+                + (f", {item.join.name.lower()}" if item.join else "")
+            )
     traits = [declaration.claim.name.lower().replace("_", "-")]
     traits += ["deterministic"] if declaration.deterministic else []
     traits += ["batch-invariant"] if declaration.batch_invariant else []
@@ -457,19 +596,27 @@ def _standing(done: Sequence[Verdict], plan: Plan, mine: Sequence[Listed]) -> li
     cases = {str(item.case) for item in mine}
     foreign = next((verdict for verdict in done if verdict.backend != plan.backend or verdict.case not in cases), None)
     if foreign is not None:
-        raise report.ReportError(f"the verdicts to resume from are of another run: {foreign.case} on {foreign.backend} is no case of this one; "
-                                 "repeat the command of the killed run, or leave out --resume")
+        raise report.ReportError(
+            f"the verdicts to resume from are of another run: {foreign.case} on {foreign.backend} is no case of this one; "
+            "repeat the command of the killed run, or leave out --resume"
+        )
     dropped = {verdict.case for verdict in done if verdict.status is Status.WAIVED} | {verdict.case for verdict in done[-1:]}
     latest = {(verdict.case, verdict.tactic): verdict for verdict in done}  # a resumed run that was killed judged some again
     return [verdict for verdict in latest.values() if verdict.case not in dropped]
 
 
-def certify(plan: Plan, *, on_start: Callable[[int, Session], None] | None = None, on_verdict: OnVerdict | None = None,
-            done: Iterable[Verdict] = (), strength: report.Strength | None = None) -> report.Report:
+def certify(
+    plan: Plan,
+    *,
+    on_start: Callable[[int, Session], None] | None = None,
+    on_verdict: OnVerdict | None = None,
+    done: Iterable[Verdict] = (),
+    strength: report.Strength | None = None,
+) -> report.Report:
     """Judge every case of the plan's shard and build the report. `done`: verdicts of an earlier, killed run of the same plan:
     their cases are not run again. Raises DomainError, WorkerError (the backend does not load), ReportError (`done` is of
     another run)."""
-    started, clock = datetime.now(timezone.utc), time.monotonic()
+    started, clock = datetime.now(UTC), time.monotonic()
     everything = listed_cases(plan)
     mine = shard(everything, *plan.shard)
     verdicts = _standing(tuple(done), plan, mine)
@@ -491,23 +638,43 @@ def certify(plan: Plan, *, on_start: Callable[[int, Session], None] | None = Non
     waived, counted = waivers.apply(verdicts, plan.waivers, started.date())
     subject = report.Subject(session.name, plan.backend, session.target, dict(session.describe))
     run = report.Run(
-        started.isoformat(), datetime.now(timezone.utc).isoformat(), round(time.monotonic() - clock, 3),
-        shlex.join(["lowbit", *sys.argv[1:]]), 0, plan.shard, (report.host(),),
+        started.isoformat(),
+        datetime.now(UTC).isoformat(),
+        round(time.monotonic() - clock, 3),
+        shlex.join(["lowbit", *sys.argv[1:]]),
+        0,
+        plan.shard,
+        (report.host(),),
     )
     texts: dict[tuple[str, str], list[str]] = {}
     for name, tactic, text in session.declared:
         texts.setdefault((name, text), []).append(tactic)
     return report.build(
-        contract=CONTRACT, subject=subject, run=run, cases=[str(item.case) for item in everything], verdicts=waived,
-        requested=plan.level, codes=session.coverage.codes(),
+        contract=CONTRACT,
+        subject=subject,
+        run=run,
+        cases=[str(item.case) for item in everything],
+        verdicts=waived,
+        requested=plan.level,
+        codes=session.coverage.codes(),
         declarations=[report.Declared(name, tuple(sorted(tactics)), text) for (name, text), tactics in sorted(texts.items())],
-        waivers=counted, strength=strength,
-        peak_bytes=1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss + resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss),
+        waivers=counted,
+        strength=strength,
+        peak_bytes=1024
+        * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss + resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss),
     )
 
 
-def run_one(text: str, backend: str, *, tactic: str = "", timeout: float = 60.0, path: tuple[str, ...] = (), repeats: int = 100,
-            source: str = "") -> list[Verdict]:
+def run_one(
+    text: str,
+    backend: str,
+    *,
+    tactic: str = "",
+    timeout: float = 60.0,
+    path: tuple[str, ...] = (),
+    repeats: int = 100,
+    source: str = "",
+) -> list[Verdict]:
     """The verdicts of one case id, on all tactics or on one; `source` is the file of a case of real weights. Raises
     ValueError for ids that mean nothing."""
     item = listed_of(text)
@@ -520,15 +687,24 @@ def run_one(text: str, backend: str, *, tactic: str = "", timeout: float = 60.0,
 
 
 def listed_of(text: str) -> Listed:
-    """The entry behind a case id, whatever its lane."""
+    """The entry behind a case id, whatever its lane. Raises DomainError for an id that means nothing."""
+    try:
+        return _listed(text)
+    except DomainError:
+        raise
+    except ValueError as error:
+        raise DomainError(str(error)) from error
+
+
+def _listed(text: str) -> Listed:
     *_, pattern, seed = Case.split(text)
     if pattern == "reject":
         return Listed(Case(parse_problem(text.rsplit("/", 2)[0], ops(), check=False), pattern, seed), "reject", 2)
     case = parse_case(text, ops())
     op = ops()[case.problem.op]
+    if pattern == "golden":
+        vectors.vector_of(case)
     lane = "stability" if pattern == stability.PATTERN else lane_of(op, pattern)
     if lane not in ("property", "stability") and pattern not in op.patterns:
         raise DomainError(f"{op.name} has no pattern {pattern!r}; it has {', '.join(op.patterns)}")
     return Listed(case, lane, level_of(lane))
-
-

@@ -158,7 +158,7 @@ def _drawn(op: Op, per_op: int) -> Iterator[Case]:
     tries = 0
     while index < per_op and tries < 20 * per_op:
         tries += 1
-        variant = op.variants[tries % len(op.variants)]
+        variant = op.variants[(tries + index // len(patterns)) % len(op.variants)]  # each pattern meets every variant
         problem = _problem(op, variant, _option_sets(op, stream, {}), stream, index)
         if problem is not None:
             index += 1

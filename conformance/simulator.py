@@ -82,7 +82,11 @@ class Simulator:
         if broken:
             return broken
         conversion = self._conversion(problem)
-        formats = {conversion} if conversion else _main_formats(problem)
+        operands = [] if conversion else _main_operands(problem)
+        formats = {conversion} if conversion else {operand.format for operand in operands}
+        if any((operand.scale_format, operand.group) != (self._path.scale_format, self._path.scale_group) for operand in operands):
+            wanted = f"{self._path.scale_format} per {self._path.scale_group}" if self._path.scale_format else "no block scales"
+            return f"datapath {self._path} takes {wanted}, which the operands of {problem.op} do not have"
         missing = [fmt.name for fmt in formats if fmt not in self._path.operands]
         return f"datapath {self._path} does not take {', '.join(sorted(missing))}" if missing else None
 
@@ -111,13 +115,13 @@ class Simulator:
         return f"emulate[{self._path}]"
 
 
-def _main_formats(problem: Problem) -> set[Format]:
-    """Formats of the operands of the main product, as the op's environment hands them to the datapath."""
+def _main_operands(problem: Problem) -> list[Operand]:
+    """Operands of the main product, as the op's environment hands them to the datapath."""
     op = ops()[problem.op]
     assert op.environment is not None
     small = Problem(problem.op, problem.variant, tuple((k, min(v, 1) if k == "m" else v) for k, v in problem.dims), problem.options)
     environment = op.environment(small, draw_operands(op, Case(small, "zeros", 1)))
-    return {operand.format for name in ("a", "w") for operand in [environment[name]] if isinstance(operand, Operand)}
+    return [operand for name in ("a", "w") for operand in [environment[name]] if isinstance(operand, Operand)]
 
 
 def backend(argument: str = "hopper_wgmma_fp8") -> Simulator:

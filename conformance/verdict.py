@@ -111,7 +111,7 @@ class Verdict:
     @property
     def repro(self) -> str:
         """The shell line that runs this case again."""
-        tactic = f" --tactic {self.tactic}" if self.tactic != "default" else ""
+        tactic = f" --tactic {shlex.quote(self.tactic)}" if self.tactic != "default" else ""
         source = f" --tensors {shlex.quote(self.source)}" if self.source else ""
         return f"lowbit run '{self.case}' --backend {shlex.quote(self.backend)}{tactic}{source}"
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from lowbit.conformance.bounds import gemm_expect
 from lowbit.conformance.case import Case, Operands, Problem
-from lowbit.conformance.op import Constraint, Expectation, Family, Op, Option, Role, TensorSpec
+from lowbit.conformance.op import GEMM_PATTERNS, Constraint, Expectation, Family, Op, Option, Role, TensorSpec
 from lowbit.references.datapaths import DATAPATHS, Datapath
 from lowbit.references.declarations import Contraction, Declaration, Join, Start, Step, add, cast, mul
 from lowbit.references.dot import Operand
@@ -62,7 +62,7 @@ def expect(case: Case, operands: Operands, declaration: Declaration) -> Mapping[
 
 OP = Op(
     name="gemm_int4",
-    formula="D[m,n] = cast( (sum_g a_scale[m,g] w_scale[n,g] sum_{k in g} a w + sum_r lora_act lora_up) * channel_scale[n] + bias[n] )",
+    formula="D[m,n] = cast( (sum_g a_scale[m,g] w_scale[n,g] sum_{k in g} a w + lora) * channel_scale[n] + bias[n] )",
     clauses=("INT-1", "INT-2", "INT-3", "INT-4", "GEM-1", "GEM-2", "GEM-3"),
     variants=("f32", "half"),
     dims=("m", "n", "k", "r"),
@@ -79,20 +79,24 @@ OP = Op(
         TensorSpec("d", "out", ("m", "n"), Role.OUTPUT),
     ),
     constraints=(
-        Constraint("k > 0 and k % 64 == 0", "INT-1"), Constraint("n > 0 and n % 8 == 0", "INT-1"),
+        Constraint("k > 0 and k % 64 == 0", "INT-1"),
+        Constraint("n > 0 and n % 8 == 0", "INT-1"),
         Constraint("(lora == 'lora' and r > 0 and r % 16 == 0) or (lora == 'nolora' and r == 0)", "INT-3"),
     ),
     ranges={"m": (0, 512, 1), "n": (8, 1024, 8), "k": (64, 16384, 64), "r": (0, 256, 16)},
-    patterns=(
-        "exactw8", "exactw11", "exactw14", "exactw24", "onehot", "scaleprobe", "normal", "positive", "shifted", "lognormal", "cancel",
-        "special", "zeros", "extremes", "maxima", "ramp", "golden", "tensors",
-    ),
-    expect=expect, program=program, environment=environment, minimum_bits=0,
+    patterns=GEMM_PATTERNS,
+    expect=expect,
+    program=program,
+    environment=environment,
+    minimum_bits=0,
     edges=(
-        "gemm_int4/f32/m64n128k128r32/f16.lora/normal/s1", "gemm_int4/half/m17n64k4160r16/bf16.lora.bias/normal/s1",
+        "gemm_int4/f32/m64n128k128r32/f16.lora/normal/s1",
+        "gemm_int4/half/m17n64k4160r16/bf16.lora.bias/normal/s1",
         "gemm_int4/f32/m0n64k64r0/f16/normal/s1",
     ),
     rejects=(
-        ("gemm_int4/f32/m4n64k96r0/f16", "INT-1"), ("gemm_int4/f32/m4n64k64r8/f16.lora", "INT-3"), ("gemm_int4/half/m4n60k64r0/f16", "INT-1"),
+        ("gemm_int4/f32/m4n64k96r0/f16", "INT-1"),
+        ("gemm_int4/f32/m4n64k64r8/f16.lora", "INT-3"),
+        ("gemm_int4/half/m4n60k64r0/f16", "INT-1"),
     ),
 )

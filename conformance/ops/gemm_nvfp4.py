@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from lowbit.conformance.bounds import gemm_expect
 from lowbit.conformance.case import Case, Operands, Problem
-from lowbit.conformance.op import Constraint, Expectation, Family, Op, Option, Role, TensorSpec
+from lowbit.conformance.op import GEMM_PATTERNS, Constraint, Expectation, Family, Op, Option, Role, TensorSpec
 from lowbit.references.datapaths import DATAPATHS, Datapath
 from lowbit.references.declarations import Contraction, Declaration, Join, Start, Step, add, cast, mul
 from lowbit.references.dot import Operand
@@ -95,13 +95,11 @@ OP = Op(
     constraints=(
         Constraint("k > 0 and k % 32 == 0", "NVF-1"), Constraint("n > 0 and n % 8 == 0", "NVF-1"),
         Constraint("(lora == 'lora' and r > 0 and r % 16 == 0) or (lora == 'nolora' and r == 0)", "NVF-3"),
-        Constraint("variant != 'plain' or lora == 'nolora'", "NVF-2"), Constraint("variant == 'plain' or bias != 'biasafter'", "NVF-4"),
+        Constraint("variant != 'plain' or lora == 'nolora'", "NVF-2"),
+        Constraint("variant == 'plain' or bias != 'biasafter'", "NVF-4"),
     ),
     ranges={"m": (0, 512, 1), "n": (8, 1024, 8), "k": (32, 16384, 32), "r": (0, 256, 16)},
-    patterns=(
-        "exactw8", "exactw11", "exactw14", "exactw24", "onehot", "scaleprobe", "normal", "positive", "shifted", "lognormal", "cancel",
-        "special", "zeros", "extremes", "maxima", "ramp", "golden", "tensors",
-    ),
+    patterns=GEMM_PATTERNS,
     expect=expect, program=program, environment=environment, minimum_bits=24,
     edges=(
         "gemm_nvfp4/plain/m1n32k64r0/bf16/normal/s1", "gemm_nvfp4/svdquant/m33n64k256r32/f16.lora.bias/normal/s1",

@@ -8,7 +8,7 @@ import numpy as np
 
 from lowbit.conformance.bounds import gemm_expect
 from lowbit.conformance.case import Case, Operands, Problem
-from lowbit.conformance.op import Constraint, Expectation, Family, Op, Option, Role, TensorSpec
+from lowbit.conformance.op import GEMM_PATTERNS, Constraint, Expectation, Family, Op, Option, Role, TensorSpec
 from lowbit.references.datapaths import Datapath
 from lowbit.references.declarations import Contraction, Declaration, Join, Step, add, cast, mul
 from lowbit.references.dot import Operand
@@ -70,10 +70,7 @@ OP = Op(
         Constraint("n > 0 and n % 8 == 0", "W4I8-1"),
     ),
     ranges={"m": (0, 512, 1), "n": (8, 1024, 8), "k": (32, 17408, 8), "g": (32, 17408, 8)},
-    patterns=(
-        "exactw8", "exactw11", "exactw14", "exactw24", "onehot", "scaleprobe", "normal", "positive", "shifted", "lognormal", "cancel",
-        "special", "zeros", "extremes", "maxima", "ramp", "golden", "tensors",
-    ),
+    patterns=GEMM_PATTERNS,
     expect=expect, program=program, environment=environment, minimum_bits=24,
     edges=(
         "gemm_w4a8_int8/direct/m1n64k128g64/f16/normal/s1", "gemm_w4a8_int8/viaf16/m8n64k256g128/bf16.bias/maxima/s1",

@@ -8,7 +8,7 @@ import numpy as np
 
 from lowbit.conformance.bounds import gemm_expect
 from lowbit.conformance.case import Case, Operands, Problem
-from lowbit.conformance.op import Constraint, Expectation, Family, Op, Option, Role, TensorSpec
+from lowbit.conformance.op import GEMM_PATTERNS, Constraint, Expectation, Family, Op, Option, Role, TensorSpec
 from lowbit.references.datapaths import Datapath
 from lowbit.references.declarations import Contraction, Declaration, Join, Step, add, cast, mul
 from lowbit.references.dot import Operand
@@ -90,10 +90,7 @@ OP = Op(
         Constraint("bias != 'biasafter' or out != 'f32'", "W8A8-4"),
     ),
     ranges={"m": (0, 512, 1), "n": (8, 1024, 8), "k": (16, 16384, 16)},
-    patterns=(
-        "exactw8", "exactw11", "exactw14", "exactw24", "onehot", "scaleprobe", "normal", "positive", "shifted", "lognormal", "cancel",
-        "special", "zeros", "extremes", "maxima", "ramp", "golden", "tensors",
-    ),
+    patterns=GEMM_PATTERNS,
     expect=expect, program=program, environment=environment, minimum_bits=14,
     edges=(
         "gemm_w8a8_fp8/scaled/m1n256k512/bf16.bias/normal/s1", "gemm_w8a8_fp8/scaled/m0n64k128/bf16/normal/s1",
