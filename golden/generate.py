@@ -2049,7 +2049,7 @@ def fp8_quantize() -> Book:
             "QNT-11"),
         "division": ("disagreement 3, arch-com#905: division, reciprocal or max / amax", "QNT-13"),
         "zero_block": ("disagreement 6: floor of the scale, or scale 0 and codes 0x7E", "QNT-12"),
-        "special": ("triton#10745, operations section 4: NaN laundered or kept, infinity, -0", "QNT-13"),
+        "special": ("triton#10745: NaN laundered or kept, infinity, -0", "QNT-13"),
         "range": ("disagreement 11, vllm#31106: 448, 240 and 224", "QNT-10"),
         "upper_bound": ("pytorch#190449: the bound is of amax, not of the scale", "QNT-13"),
         "negative": ("operations, trap 5: positive inputs alone show no sign error", "QNT-4"),
