@@ -20,7 +20,7 @@ from datetime import UTC, datetime
 import numpy as np
 import numpy.typing as npt
 
-from lowbit.references.declarations import Claim, Contraction, Declaration
+from lowbit.references.declarations import Claim, Contraction, Declaration, text_of
 from lowbit.references.formats import Codes
 from lowbit.references.interpret import ProgramError
 
@@ -182,7 +182,7 @@ class Session:
                 wrong, kind = check_declaration(op, problem, found)
                 self._known[key] = (None if wrong else found, wrong, kind)
                 if not wrong:
-                    self.declared.setdefault((op.name, tactic, _declaration_text(found)), kind)
+                    self.declared.setdefault((op.name, tactic, text_of(found)), kind)
             except WorkerError as error:
                 self._known[key] = (None, str(error), "")
         return self._known[key]
@@ -555,38 +555,6 @@ def _given(
     return op.expect_given(case, operands, declaration, outputs)
 
 
-def _declaration_text(declaration: Declaration) -> str:
-    """One line per item of a program, for the report."""
-    lines = []
-    for item in declaration.program:
-        if isinstance(item, Contraction):
-            extra = "".join(
-                f" {step.kind.name.lower()}({','.join(step.operands) or step.format.name}:{step.format}:{step.join.name.lower()})"
-                for step in item.steps
-            )
-            parts = [
-                f"dot({item.operands[0]}, {item.operands[1]}) on {item.datapath}",
-                f"K {item.order.name.lower()}",
-                f"from {item.start.name.lower()}",
-            ]
-            if item.conversion is not None:
-                parts.append(f"operands to {item.conversion}")
-            if item.segment:
-                parts.append(f"segments of {item.segment}:{extra} into {item.running}")
-            if item.splits > 1:
-                parts.append(f"{item.splits} splits added in {item.reduction}")
-            lines.append(", ".join(parts))
-        else:
-            lines.append(
-                f"{item.kind.name.lower()}({', '.join(item.operands) or item.format.name}) -> {item.format} {item.rounding.name}"
-                + (f", {item.join.name.lower()}" if item.join else "")
-            )
-    traits = [declaration.claim.name.lower().replace("_", "-")]
-    traits += ["deterministic"] if declaration.deterministic else []
-    traits += ["batch-invariant"] if declaration.batch_invariant else []
-    return "; ".join([*lines, " ".join(traits)])
-
-
 OnVerdict = Callable[[Verdict], None]
 
 
@@ -636,7 +604,10 @@ def certify(
                 if on_verdict is not None:
                     on_verdict(waivers.apply([verdict], plan.waivers, started.date())[0][0])
     waived, counted = waivers.apply(verdicts, plan.waivers, started.date())
-    subject = report.Subject(session.name, plan.backend, session.target, dict(session.describe))
+    about = dict(session.describe)
+    if plan.tensors:
+        about["tensors"] = f"{plan.tensors} sha256:{tensors.digest(plan.tensors)}"
+    subject = report.Subject(session.name, plan.backend, session.target, about)
     run = report.Run(
         started.isoformat(),
         datetime.now(UTC).isoformat(),

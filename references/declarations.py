@@ -18,7 +18,7 @@ from .rounding import Rounding
 
 __all__ = [
     "EXACT_BITS", "Claim", "Contraction", "Declaration", "Join", "Order", "Start", "Step", "StepKind", "add", "cast", "mul",
-    "multiset_tokens", "signature",
+    "multiset_tokens", "signature", "text_of",
 ]
 
 
@@ -158,3 +158,36 @@ def signature(program: tuple[Contraction | Step, ...]) -> tuple[str, ...]:
         tokens.append(f"dot({item.operands[0]},{item.operands[1]}{f';{item.segment}{inner}' if inner else ''})")
     tokens.extend(multiset_tokens(tuple(pending)))
     return tuple(tokens)
+
+
+def _inner_text(steps: tuple[Step, ...]) -> str:
+    return "".join(
+        f" {step.kind.name.lower()}({','.join(step.operands) or step.format.name}:{step.format}:{step.join.name.lower()})"
+        for step in steps
+    )
+
+
+def _contraction_text(item: Contraction) -> str:
+    parts = [f"dot({', '.join(item.operands)}) on {item.datapath}"]
+    parts += [f"K {item.order.name.lower()}", f"from {item.start.name.lower()}"]
+    if item.conversion is not None:
+        parts.append(f"operands to {item.conversion}")
+    if item.segment:
+        parts.append(f"segments of {item.segment}:{_inner_text(item.steps)} into {item.running}")
+    if item.splits > 1:
+        parts.append(f"{item.splits} splits added in {item.reduction}")
+    return ", ".join(parts)
+
+
+def _step_text(item: Step) -> str:
+    text = f"{item.kind.name.lower()}({', '.join(item.operands) or item.format.name}) -> {item.format} {item.rounding.name}"
+    return text + (f", {item.join.name.lower()}" if item.join else "")
+
+
+def text_of(declaration: Declaration) -> str:
+    """A declaration as one line for a report: its items in order, then what is claimed of it."""
+    lines = [_contraction_text(item) if isinstance(item, Contraction) else _step_text(item) for item in declaration.program]
+    traits = [declaration.claim.name.lower().replace("_", "-")]
+    traits += ["deterministic"] if declaration.deterministic else []
+    traits += ["batch-invariant"] if declaration.batch_invariant else []
+    return "; ".join([*lines, " ".join(traits)])
