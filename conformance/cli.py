@@ -14,12 +14,13 @@ import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
@@ -58,7 +59,9 @@ def _writable(path: Path | None) -> Path | None:
     return path
 
 
-JsonOption = Annotated[Path | None, typer.Option("--json", callback=_writable, help="Also write the figures to this file as JSON.")]
+JsonOption = Annotated[
+    Path | None, typer.Option("--json", callback=_writable, help="Also write the figures to this file as JSON.")
+]
 BackendOption = Annotated[str, typer.Option("--backend", "-b", help="Backend: NAME, NAME:ARGUMENT or python:FILE.py:ATTRIBUTE.")]
 
 
@@ -68,6 +71,11 @@ class Stop(Exception):
     def __init__(self, code: ExitCode, message: str = "") -> None:
         super().__init__(message)
         self.code, self.message = code, message
+
+
+def _told(line: str) -> None:
+    """One step of a long command, on stderr."""
+    _err.print(line, markup=False)
 
 
 def _write_json(path: Path | None, data: Any) -> None:
@@ -91,7 +99,9 @@ def list_(
 
     rooms: dict[str, Any] = {
         "ops": lambda: [(o.name, o.formula, ", ".join(o.variants), str(len(o.patterns))) for o in ops().values()],
-        "cases": lambda: [(str(item.case), item.lane, f"L{item.level}") for name in _names(op) for item in case_list(ops()[name])],
+        "cases": lambda: [
+            (str(item.case), item.lane, f"L{item.level}") for name in _names(op) for item in case_list(ops()[name])
+        ],
         "backends": lambda: [(name, *_about(name)) for name in backend_names()],
         "datapaths": lambda: [
             (p.name, p.family.name, str(p.products), str(p.fraction_bits), str(p.output_bits), p.evidence.name.lower(), p.source)
@@ -116,7 +126,7 @@ def list_(
         return
     table = Table(*heads[what], box=None, pad_edge=False)
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*(escape(text) for text in row))
     _out.print(table)
 
 
@@ -130,7 +140,7 @@ def _about(name: str) -> tuple[str, str]:
     try:
         backend = find_backend(name)
     except BackendError as error:
-        return "", str(error)
+        return "", f"a gallery; write {name}:NAME" if name in ("mutant", "variant") else str(error)
     return str(backend.target), "ready"
 
 
@@ -154,7 +164,9 @@ def _level(text: str) -> int:
 def _progress(total: int, title: str) -> Iterator[Any]:
     """Calls `step(label)` per case: a bar on a terminal, a plain line every few seconds elsewhere."""
     if _err.is_terminal:
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+        columns = (
+            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(),
+        )
         with Progress(*columns, console=_err, transient=True) as bar:
             task = bar.add_task(title, total=total)
             yield lambda label: bar.update(task, advance=1, description=f"{title} {label}")
@@ -182,7 +194,8 @@ def _show(verdict: Verdict) -> None:
     _err.print(f"  {verdict.reason}" + (f" (clause {verdict.clause})" if verdict.clause else ""), markup=False)
     if verdict.worst is not None and verdict.wrong:
         w = verdict.worst
-        _err.print(f"  worst: {w.tensor}{list(w.index)} got {w.got} ({w.value}), expected {w.lo}..{w.hi}, exact {w.exact or 'n/a'}", markup=False)
+        place, exact = f"{w.tensor}{list(w.index)}", w.exact or "n/a"
+        _err.print(f"  worst: {place} got {w.got} ({w.value}), expected {w.lo}..{w.hi}, exact {exact}", markup=False)
     _err.print(f"  {verdict.repro}", markup=False)
 
 
@@ -198,8 +211,8 @@ def _for_target(target: str) -> str:
     if not found:
         raise Stop(
             ExitCode.NOTHING_TO_CERTIFY,
-            f"target {target}: nothing to certify, because this release ships no backend for it and none is installed; a backend registers "
-            "under the entry-point group lowbit.backends (docs/backends.md)",
+            f"target {target}: nothing to certify, because this release ships no backend for it and none is installed; a backend "
+            "registers under the entry-point group lowbit.backends (docs/backends.md)",
         )
     return found[0]
 
@@ -217,7 +230,9 @@ def certify(
     per_op: Annotated[int, typer.Option(help="Drawn cases per op.")] = 170,
     timeout: Annotated[float, typer.Option(help="Seconds a case may take.")] = 60.0,
     repeats: Annotated[int, typer.Option(help="Repeats of a stability case (L3).")] = 100,
-    require_device: Annotated[bool, typer.Option("--require-device", help="Fail unless every claimed op ran on the device.")] = False,
+    require_device: Annotated[
+        bool, typer.Option("--require-device", help="Fail unless every claimed op ran on the device.")
+    ] = False,
     resume: Annotated[bool, typer.Option(help="Keep the verdicts of a killed run in --out.")] = False,
     strength: Annotated[Path | None, typer.Option(help="Figures of `lowbit mutants --json` to show in the report.")] = None,
     json_path: JsonOption = None,
@@ -272,13 +287,15 @@ def _strength(path: Path) -> reports.Strength:
         killed_by = {str(name): tuple(map(str, lanes)) for name, lanes in data["killed_by"].items()}
         return reports.Strength(killed_by, int(data["variants"]), int(data["false_alarms"]))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ReportError(f"{path} does not hold the figures of `lowbit mutants --json` ({type(error).__name__}: {error})") from error
+        said = f"{type(error).__name__}: {error}"
+        raise ReportError(f"{path} does not hold the figures of `lowbit mutants --json` ({said})") from error
 
 
 def _figures(result: reports.Report) -> dict[str, Any]:
     return {
-        "backend": result.subject.reference, "contract": result.contract, "level": result.level_granted, "statuses": dict(result.totals.statuses),
-        "cases": result.totals.cases, "seconds": result.run.seconds, "products": result.coverage.products, "median_k": result.coverage.median_k,
+        "backend": result.subject.reference, "contract": result.contract, "level": result.level_granted,
+        "statuses": dict(result.totals.statuses), "cases": result.totals.cases, "seconds": result.run.seconds,
+        "products": result.coverage.products, "median_k": result.coverage.median_k,
         "problems": dict(result.coverage.problems), "long_k": dict(result.coverage.long_k), "peak_bytes": result.peak_bytes,
     }
 
@@ -286,8 +303,10 @@ def _figures(result: reports.Report) -> dict[str, Any]:
 def _summary(result: reports.Report, out: Path) -> None:
     counts = ", ".join(f"{number:,} {status}" for status, number in sorted(result.totals.statuses.items()) if number)
     granted = "no level" if result.level_granted is None else f"level L{result.level_granted}"
-    _out.print(f"{result.subject.name}: {granted} granted, contract {result.contract}, {reports.where_executed(result.verdicts)}", markup=False)
-    _out.print(f"  {counts}; {result.totals.cases:,} cases, {result.coverage.products:,} products, {result.run.seconds:,.0f} s", markup=False)
+    where, seconds = reports.where_executed(result.verdicts), result.run.seconds
+    _out.print(f"{result.subject.name}: {granted} granted, contract {result.contract}, {where}", markup=False)
+    cases, products = result.totals.cases, result.coverage.products
+    _out.print(f"  {counts}; {cases:,} cases, {products:,} products, {seconds:,.0f} s", markup=False)
     for row in result.levels:
         if row.outcome == "refused":
             for reason in row.reasons[:8]:
@@ -297,7 +316,7 @@ def _summary(result: reports.Report, out: Path) -> None:
 
 def _end(result: reports.Report, require_device: bool) -> None:
     failed = any(verdict.status in FAILING for verdict in result.verdicts)
-    owed = waivers_room.findings(result.verdicts, result.waivers, result.manifest.cases, datetime.now(timezone.utc).date())
+    owed = waivers_room.findings(result.verdicts, result.waivers, result.manifest.cases, datetime.now(UTC).date())
     if failed or owed:
         raise Stop(ExitCode.FAILED, "; ".join(owed))
     whole = result.run.shard == (1, 1)
@@ -352,7 +371,8 @@ def _print_verdict(verdict: Verdict) -> None:
     if verdict.worst is not None:
         w = verdict.worst
         share = f", {w.share:.1%} of the bound" if w.share is not None else ""
-        _out.print(f"  worst {w.tensor}{list(w.index)}: got {w.got} = {w.value}, admissible {w.lo}..{w.hi}, exact {w.exact or 'n/a'}{share}", markup=False)
+        place, exact = f"{w.tensor}{list(w.index)}", w.exact or "n/a"
+        _out.print(f"  worst {place}: got {w.got} = {w.value}, admissible {w.lo}..{w.hi}, exact {exact}{share}", markup=False)
     if verdict.power:
         shown = ", ".join(f"{name} {'shown' if seen else 'NOT shown'}" for name, seen in verdict.power.items())
         _out.print(f"  power: {shown}", markup=False)
@@ -388,12 +408,14 @@ def explain(
 def reduce(
     case: Annotated[str, typer.Argument(help="A failing case id.")], backend: BackendOption = "cpu",
     tactic: Annotated[str, typer.Option(help="Only this tactic.")] = "default",
-    timeout: Annotated[float, typer.Option(help="Seconds a try may take.")] = 60.0, json_path: JsonOption = None,
+    timeout: Annotated[float, typer.Option(help="Seconds a try may take.")] = 60.0,
+    tensors: Annotated[str, typer.Option(help="FILE.safetensors[:GLOB] of a case of real weights.")] = "",
+    json_path: JsonOption = None,
 ) -> None:
     """Find the smallest case that still fails in the same way."""
     from . import reduce as room
 
-    found = room.reduce(case, backend, tactic=tactic, timeout=timeout, on_step=lambda line: _err.print(line, markup=False))
+    found = room.reduce(case, backend, tactic=tactic, timeout=timeout, source=tensors, on_step=_told)
     _out.print(room.to_text(found), markup=False)
     _write_json(json_path, room.to_data(found))
     raise Stop(ExitCode.FAILED)
@@ -428,7 +450,7 @@ def diff(before: Path, after: Path, json_path: JsonOption = None) -> None:
 @app.command()
 def verify(report: Path, json_path: JsonOption = None) -> None:
     """Check a report: schema, totals, digest, waivers, freshness."""
-    findings = reports.verify(report, datetime.now(timezone.utc), contract=CONTRACT)
+    findings = reports.verify(report, datetime.now(UTC), contract=CONTRACT)
     for finding in findings:
         _out.print(finding, markup=False)
     _write_json(json_path, list(findings))
@@ -457,12 +479,13 @@ def merge(
 @app.command()
 def mutants(
     backend: Annotated[str, typer.Argument(help="The backend whose faulty copies are judged; only cpu has a gallery.")] = "cpu",
-    only: Annotated[str, typer.Option(help="Only these mutants or variants, comma separated.")] = "", json_path: JsonOption = None,
+    only: Annotated[str, typer.Option(help="Only these mutants or variants, comma separated.")] = "",
+    json_path: JsonOption = None,
 ) -> None:
     """Judge the gallery of faulty backends and of legitimate variants: kill matrix and false alarms."""
     from . import mutants as room
 
-    found = room.judge_gallery(backend, tuple(name for name in only.split(",") if name), on_step=lambda line: _err.print(line, markup=False))
+    found = room.judge_gallery(backend, tuple(name for name in only.split(",") if name), on_step=_told)
     _out.print(room.to_text(found), markup=False)
     _write_json(json_path, room.to_data(found))
     if not room.sound(found):
@@ -521,7 +544,8 @@ def _main(arguments: Sequence[str] | None) -> ExitCode:
             return code
         with tempfile.NamedTemporaryFile("w", prefix="lowbit-", suffix=".log", delete=False) as log:
             traceback.print_exc(file=log)
-        _err.print(f"lowbit: a defect of lowbit itself: {type(error).__name__}: {error}; the traceback is in {log.name}", markup=False)
+        said = f"{type(error).__name__}: {error}"
+        _err.print(f"lowbit: a defect of lowbit itself: {said}; the traceback is in {log.name}", markup=False)
         return ExitCode.INTERNAL
 
 

@@ -201,6 +201,7 @@ class Op:
     an IEEE one) below which a declared accumulator is of a lower class. `rejects`: (problem, clause) that a backend must
     refuse. `edges`: ids of cases with a name in the contract, always run. `draw`: the op's own way to draw a tensor for a
     pattern that needs to know the op (ties of a recipe, expert counts); None where the pattern's own way serves.
+    `judged`: variant -> the clause that says what its outputs are; a DRIFT names it.
     `exact`: the output over the reals, where one environment does not give it (experts).
     `expect_given`: expectations that also look at the outputs, where codes are judged on the backend's own admissible scales.
     """
@@ -222,6 +223,7 @@ class Op:
     edges: tuple[str, ...] = ()
     rejects: tuple[tuple[str, str], ...] = ()
     draw: Callable[[Case, ResolvedTensor, Stream], Codes | None] | None = None
+    judged: Mapping[str, str] = field(default_factory=dict)
     exact: Callable[[Problem, Operands, Declaration], npt.NDArray[np.float64]] | None = None
     expect_given: Callable[[Case, Operands, Declaration, Mapping[str, Codes]], Mapping[str, Expectation]] | None = None
 

@@ -2,7 +2,8 @@
 
 GEMM relations run on operands of the narrowest exact lane: every accumulator of at least 8 bits is exact on them, so both
 sides of a relation are the same real number and must be the same bits (either zero). Where a declaration says batch-invariant,
-rows are compared on ordinary operands, too. Quantiser relations follow from the recipes. Decides: which relations an op has and what must agree. Refuses: a relation that a legitimate kernel could break.
+rows are compared on ordinary operands, too. Quantiser relations follow from the recipes. Decides: which relations an op has
+and what must agree. Refuses: a relation that a legitimate kernel could break.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from .selection import case_list
 from .stability import Execute, Finding
 from .worker import Ending, Outcome, Variation
 
-__all__ = ["PROPERTIES", "judge_property", "property_cases"]
+__all__ = ["PROPERTIES", "judge_property", "property_cases", "relations_of"]
 
 Pair = tuple[str, Codes, Codes, Format]
 """(name, one side, other side, format): codes that must agree."""
@@ -278,6 +279,12 @@ def _applies(op: Op, name: str, problem: Problem) -> bool:
     if name == "prop_twice":
         return (op.name, problem.variant) in (("int4_pack", "b8"), ("int4_encode", "unified"))
     return False
+
+
+def relations_of(op: Op, problem: Problem) -> tuple[str, ...]:
+    """Patterns of the relations that a problem has."""
+    table = PROPERTIES.items()
+    return tuple(name for name, (relation, _) in table if _applies(op, name, problem) and _possible(op, relation, problem))
 
 
 def property_cases(op: Op) -> list[Case]:

@@ -123,11 +123,14 @@ def expectations_of(op: Op, case: Case, operands: Operands, declaration: Declara
 
 
 def listed_cases(plan: Plan) -> list[Listed]:
-    """Every case that the plan's level asks for, of all shards."""
+    """Every case that the plan's level asks for, of all shards. Level L0 has no lane of its own: it asks for the first case of
+    each op, to see that an output comes back at all."""
     names = plan.ops or tuple(ops())
     unknown = [name for name in names if name not in ops()]
     if unknown:
         raise DomainError(f"unknown op {', '.join(unknown)}; the ops are {', '.join(ops())}")
+    if plan.level == 0:
+        return [case_list(ops()[name], per_op=plan.per_op)[0] for name in names]
     found: list[Listed] = []
     for name in names:
         op = ops()[name]
@@ -220,7 +223,7 @@ class Session:
             products=products_of(op, item.case.problem) if item.lane != "reject" else 0,
         )
         if "clause" not in more:
-            more["clause"] = op.clauses[0]
+            more["clause"] = op.judged[item.case.problem.variant]
         return replace(base, **more)  # type: ignore[arg-type]
 
     def judge(self, item: Listed, support: str | Fault | None) -> Iterator[Verdict]:
@@ -676,6 +679,6 @@ def _listed(text: str) -> Listed:
     if pattern == "golden":
         vectors.vector_of(case)
     lane = "stability" if pattern == stability.PATTERN else lane_of(op, pattern)
-    if lane not in ("property", "stability") and pattern not in op.patterns:
+    if lane not in ("property", "stability", "golden") and pattern not in op.patterns:
         raise DomainError(f"{op.name} has no pattern {pattern!r}; it has {', '.join(op.patterns)}")
     return Listed(case, lane, level_of(lane))

@@ -109,6 +109,24 @@ def _option_sets(op: Op, stream: Stream, fixed: Mapping[str, str]) -> dict[str, 
     return chosen
 
 
+def _found(op: Op, missed: Sequence[tuple[str, dict[str, str], str]]) -> Iterator[Case]:
+    """Cases for what plain draws rarely hit: options drawn until some are possible, sizes rounded up to whole tiles of 128."""
+    for number, (variant, fixed, pattern) in enumerate(missed):
+        stream = Stream("case list", CONTRACT, op.name, "missed", number)
+        for attempt in range(400):
+            options = _option_sets(op, stream, fixed)
+            if not possible_options(op, variant, options):
+                continue
+            dims = _gemm_dims(op, options, stream, attempt) if op.is_gemm else _other_dims(op, stream)
+            tiled = "" if op.is_gemm else "mk"
+            whole = {letter: -(-size // 128) * 128 if letter in tiled else size for letter, size in dims.items()}
+            try:
+                yield Case(make_problem(op, variant, whole, options), pattern, 2000 + number)
+                break
+            except DomainError:
+                continue
+
+
 def _beyond_group_squared(op: Op) -> Iterator[Problem]:
     """Problems whose K exceeds the square of the group: five per op that has groups along K."""
     group = FIXED_GROUPS.get(op.name)
@@ -142,6 +160,7 @@ def _grid(op: Op) -> Iterator[tuple[str, dict[str, str], str]]:
 def _drawn(op: Op, per_op: int) -> Iterator[Case]:
     stream = Stream("case list", CONTRACT, op.name)
     index = 0
+    missed: list[tuple[str, dict[str, str], str]] = []
     for variant, fixed, pattern in _grid(op):
         for _ in range(24):
             problem = _problem(op, variant, _option_sets(op, stream, fixed), stream, index)
@@ -149,6 +168,9 @@ def _drawn(op: Op, per_op: int) -> Iterator[Case]:
                 index += 1
                 yield Case(problem, pattern, index)
                 break
+        else:
+            missed.append((variant, fixed, pattern))
+    yield from _found(op, missed)
     if op.is_gemm:
         for number, problem in enumerate(_beyond_group_squared(op)):
             for pattern in ("exactw11", "normal", "onehot" if "onehot" in op.patterns and number == 0 else "lognormal"):

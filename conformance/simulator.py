@@ -81,14 +81,15 @@ class Simulator:
         broken = outside_domain(op, problem)
         if broken:
             return broken
-        conversion = self._conversion(problem)
-        operands = [] if conversion else _main_operands(problem)
-        formats = {conversion} if conversion else {operand.format for operand in operands}
-        if any((operand.scale_format, operand.group) != (self._path.scale_format, self._path.scale_group) for operand in operands):
-            wanted = f"{self._path.scale_format} per {self._path.scale_group}" if self._path.scale_format else "no block scales"
-            return f"datapath {self._path} takes {wanted}, which the operands of {problem.op} do not have"
-        missing = [fmt.name for fmt in formats if fmt not in self._path.operands]
-        return f"datapath {self._path} does not take {', '.join(sorted(missing))}" if missing else None
+        operands = _operands(problem)
+        for item in self.declare(problem, "default").program:
+            if isinstance(item, Step):
+                continue
+            for name in item.operands:
+                refused = _refused(operands[name], item)
+                if refused:
+                    return f"datapath {item.datapath} takes {refused}"
+        return None
 
     def declare(self, problem: Problem, tactic: str) -> Declaration:
         """Exactly what `run` computes."""
@@ -115,13 +116,26 @@ class Simulator:
         return f"emulate[{self._path}]"
 
 
-def _main_operands(problem: Problem) -> list[Operand]:
-    """Operands of the main product, as the op's environment hands them to the datapath."""
+def _operands(problem: Problem) -> Mapping[str, Operand]:
+    """What the op's environment hands to the datapaths, for one row of A."""
     op = ops()[problem.op]
     assert op.environment is not None
-    small = Problem(problem.op, problem.variant, tuple((k, min(v, 1) if k == "m" else v) for k, v in problem.dims), problem.options)
+    dims = tuple((letter, min(size, 1) if letter == "m" else size) for letter, size in problem.dims)
+    small = Problem(problem.op, problem.variant, dims, problem.options)
     environment = op.environment(small, draw_operands(op, Case(small, "zeros", 1)))
-    return [operand for name in ("a", "w") for operand in [environment[name]] if isinstance(operand, Operand)]
+    return {name: operand for name, operand in environment.items() if isinstance(operand, Operand)}
+
+
+def _refused(operand: Operand, item: Contraction) -> str:
+    """What the datapath of a contraction takes instead of an operand; empty where it takes that."""
+    path = item.datapath
+    fmt = item.conversion or operand.format
+    if fmt not in path.operands:
+        return f"{', '.join(other.name for other in path.operands)}, not {fmt}"
+    own, taken = (operand.scale_format, operand.group), (path.scale_format, path.scale_group)
+    if item.conversion is None and path.scale_format is not None and own != taken:
+        return f"block scales of {path.scale_format} per {path.scale_group}, which the operands of this problem do not have"
+    return ""
 
 
 def backend(argument: str = "hopper_wgmma_fp8") -> Simulator:

@@ -287,6 +287,8 @@ def _accumulated(a: Operand, w: Operand, contraction: Contraction, previous: Int
     prefix = None if previous is None else _prefix(previous)
     if path.family is Family.INTEGER:
         return _widen(dot.agnostic_bound(a, w, path))
+    for operand in (a, w):
+        dot.check_read(operand, path)
     exact = exact_by_width(a, w, path, previous)
     if exact.all():
         found = dot.dot_exact(dot.values(a), dot.values(w))

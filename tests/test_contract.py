@@ -66,3 +66,10 @@ def test_constraints_rejects_and_golden_families_cite_clauses(name: str) -> None
 def test_the_sixteen_disagreements_are_all_in_the_table() -> None:
     rows = re.findall(r"^\| (\d+) \|", TEXT, flags=re.MULTILINE)
     assert [int(row) for row in rows] == list(range(1, 17))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_each_variant_names_the_clause_that_a_drift_breaks(name: str) -> None:
+    op = ops()[name]
+    assert set(op.judged) == set(op.variants)
+    assert set(op.judged.values()) <= set(op.clauses)

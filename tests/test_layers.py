@@ -67,7 +67,7 @@ THIRD_PARTY: dict[str, tuple[str, ...]] = {
     "rich": ("lowbit.conformance.*",),
     "safetensors": ("lowbit.conformance.*",),
     "typer": ("lowbit.conformance.*",),
-    "hypothesis": ("lowbit.conformance.plugin", "lowbit.conformance.suite.*"),
+    "hypothesis": ("lowbit.conformance.plugin", "lowbit.conformance.strategies", "lowbit.conformance.suite.*"),
     "pytest": ("lowbit.conformance.plugin", "lowbit.conformance.suite.*"),
     "compressed_tensors": KERNELS,
     "modelopt": KERNELS,

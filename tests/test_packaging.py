@@ -27,7 +27,7 @@ ROOT = Path(__file__).parents[1]
 ROOMS = ("references", "conformance", "kernels", "golden")
 PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 VERSION: str = PROJECT["project"]["version"]
-SHIPPED = {".html", ".json", ".npz", ".py", ".typed"}
+SHIPPED = {".j2", ".json", ".npz", ".py", ".typed"}
 
 
 def build(tree: Path, kind: str, out: Path) -> Path:

@@ -38,6 +38,7 @@ OP = Op(
     name="fp8_convert_fnuz",
     formula="w_out = w except 0x80 -> 0x00; weight_scale_out = 2 weight_scale; input_scale_out = 2 input_scale",
     clauses=("ENC-1", "ENC-22", "ENC-23", "ENC-24"),
+    judged={"tensor": "ENC-22", "channel": "ENC-22"},
     variants=("tensor", "channel"),
     dims=("n", "k"),
     options=(Option("hardware", ("fnuz", "fn")), Option("input_scale", ("dynamic", "static"))),

@@ -80,6 +80,7 @@ OP = Op(
         "QNT-1", "QNT-2", "QNT-3", "QNT-4", "QNT-5", "QNT-10", "QNT-11", "QNT-12", "QNT-13", "QNT-14", "QNT-15", "QNT-16",
         "QNT-17", "QNT-18",
     ),
+    judged={"static": "QNT-11", "tensor": "QNT-12", "token": "QNT-13", "block": "QNT-15", "tile": "QNT-17"},
     variants=("static", "tensor", "token", "block", "tile"),
     dims=("m", "k", "p"),
     options=(

@@ -70,6 +70,7 @@ OP = Op(
     name="fp8_requantize",
     formula="scale = max scales; w_out = RNE_sat(fl(w * scales[shard]) * fl(1 / scale)); channel_scale[n] = scales[shard]",
     clauses=("ENC-1", "ENC-25", "ENC-26", "ENC-27", "ENC-28"),
+    judged={"max_scale": "ENC-26", "max_scale_f16": "ENC-26", "channel": "ENC-28"},
     variants=("max_scale", "max_scale_f16", "channel"),
     dims=("n", "k", "s"),
     options=(Option("format", ("fn", "fnuz")), Option("checkpoint", ("unfused", "fused"))),

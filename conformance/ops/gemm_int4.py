@@ -64,6 +64,7 @@ OP = Op(
     name="gemm_int4",
     formula="D[m,n] = cast( (sum_g a_scale[m,g] w_scale[n,g] sum_{k in g} a w + lora) * channel_scale[n] + bias[n] )",
     clauses=("INT-1", "INT-2", "INT-3", "INT-4", "GEM-1", "GEM-2", "GEM-3"),
+    judged={"f32": "INT-2", "half": "INT-4"},
     variants=("f32", "half"),
     dims=("m", "n", "k", "r"),
     options=(Option("out", ("f16", "bf16")), Option("lora", ("nolora", "lora")), Option("bias", ("nobias", "bias"))),

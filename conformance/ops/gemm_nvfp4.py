@@ -75,6 +75,7 @@ OP = Op(
     name="gemm_nvfp4",
     formula="D[m,n] = cast( (alpha * sum_k a s_a w s_w + sum_r lora_act[m,r] lora_up[n,r]) * channel_scale[n] + bias[n] )",
     clauses=("NVF-1", "NVF-2", "NVF-3", "NVF-4", "NVF-5", "GEM-1", "GEM-2", "GEM-3"),
+    judged={"plain": "NVF-2", "svdquant": "NVF-4", "nunchaku": "NVF-5"},
     variants=("plain", "svdquant", "nunchaku"),
     dims=("m", "n", "k", "r"),
     options=(

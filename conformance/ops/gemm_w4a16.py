@@ -51,6 +51,7 @@ OP = Op(
     name="gemm_w4a16",
     formula="D[m,n] = cast( sum_k A[m,k] W[n,k] ) + bias[n], W = RNE_act((q - z) s)",
     clauses=("W4A16-1", "W4A16-2", "W4A16-3", "GEM-1", "GEM-2", "GEM-3"),
+    judged={"sym": "W4A16-2", "zp": "W4A16-2", "zpafter": "W4A16-2"},
     variants=("sym", "zp", "zpafter"),
     dims=("m", "n", "k", "g"),
     options=(Option("out", ("bf16", "f16")), Option("bias", ("nobias", "bias", "biasafter"))),

@@ -57,6 +57,7 @@ OP = Op(
     name="gemm_w4a8_fp8",
     formula="D[m,n] = cast( channel_scale[n] * token_scale[m] * sum_k A[m,k] W[n,k] + bias[n] ), W = RNE_e4m3(q s)",
     clauses=("W4A8-1", "W4A8-2", "W4A8-3", "W4A8-4", "GEM-1", "GEM-2", "GEM-3"),
+    judged={"folded": "W4A8-2", "exact": "W4A8-3"},
     variants=("folded", "exact"),
     dims=("m", "n", "k", "g"),
     options=(Option("out", ("bf16", "f16")), Option("bias", ("nobias", "bias"))),

@@ -98,6 +98,7 @@ OP = Op(
     name="gemm_w4a8_fp8_grouped",
     formula="D[m,n] = gemm_w4a8_fp8 of row m with the weights of the expert it belongs to",
     clauses=("W4A8-5", "W4A8-1", "W4A8-2", "W4A8-3", "W4A8-4", "GEM-1", "GEM-2", "GEM-3"),
+    judged={"folded": "W4A8-5", "exact": "W4A8-5"},
     variants=("folded", "exact"),
     dims=("e", "m", "n", "k", "g"),
     options=(Option("out", ("bf16", "f16")), Option("bias", ("nobias", "bias"))),

@@ -54,6 +54,7 @@ OP = Op(
     name="gemm_w4a8_int8",
     formula="D[m,n] = cast( token_scale[m] * sum_g group_scale[n,g] * sum_{k in g} A[m,k] (q[n,k] - 8) + bias[n] )",
     clauses=("W4I8-1", "W4I8-2", "W4I8-3", "GEM-1", "GEM-2", "GEM-3"),
+    judged={"direct": "W4I8-2", "viaf16": "W4I8-3"},
     variants=("direct", "viaf16"),
     dims=("m", "n", "k", "g"),
     options=(Option("out", ("bf16", "f16")), Option("bias", ("nobias", "bias"))),

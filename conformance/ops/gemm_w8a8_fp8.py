@@ -65,6 +65,7 @@ OP = Op(
     name="gemm_w8a8_fp8",
     formula="D[m,n] = cast( token_scale[m] * channel_scale[n] * sum_k A[m,k] W[n,k] + bias[n] )",
     clauses=("W8A8-1", "W8A8-2", "W8A8-3", "W8A8-4", "GEM-1", "GEM-2", "GEM-3"),
+    judged={"scaled": "W8A8-2", "block": "W8A8-3"},
     variants=("scaled", "block"),
     dims=("m", "n", "k"),
     options=(

@@ -43,6 +43,7 @@ OP = Op(
     name="int4_encode",
     formula="encoded = reorder(U(q)), U(v) = 8 - v for v in 1..7, else v; unified: no reorder",
     clauses=("ENC-1", "ENC-12", "ENC-13", "ENC-14"),
+    judged={"unified": "ENC-12", "dense": "ENC-13", "grouped": "ENC-14"},
     variants=("unified", "dense", "grouped"),
     dims=("e", "n", "k"),
     options=(),

@@ -64,6 +64,10 @@ OP = Op(
     name="int4_pack",
     formula="packed[word, 4i : 4i + 4] = code(n, k) & 15; b8: word ^= 0x88888888",
     clauses=("ENC-1", "ENC-2", "ENC-3", "ENC-4", "ENC-5", "ENC-6", "ENC-7", "ENC-8", "ENC-9"),
+    judged={
+        "gptq": "ENC-2", "k_major": "ENC-2", "along_n": "ENC-3", "awq": "ENC-4", "nibble": "ENC-5",
+        "compressed_tensors": "ENC-6", "zeros_v1": "ENC-8", "zeros_v2": "ENC-8", "b8": "ENC-9",
+    },
     variants=(*_LAYOUTS, "b8"),
     dims=("n", "k"),
     options=(Option("codes", ("uint4", "int8")),),

@@ -58,6 +58,7 @@ OP = Op(
         "QNT-1", "QNT-2", "QNT-3", "QNT-4", "QNT-5", "QNT-6", "QNT-30", "QNT-31", "QNT-32", "QNT-33", "QNT-34", "QNT-35",
         "QNT-36", "QNT-37",
     ),
+    judged={"sym": "QNT-32", "uint4b8": "QNT-32", "asym": "QNT-33"},
     variants=("sym", "uint4b8", "asym"),
     dims=("n", "k", "g"),
     options=(

@@ -36,6 +36,7 @@ OP = Op(
     name="int4_repack",
     formula="weight: [N, K/8] along k -> [K, N/8] along n; zeros: [N/8, G] along n -> [G, N/8] along n; nibbles unchanged",
     clauses=("ENC-1", "ENC-10", "ENC-11"),
+    judged={"weight": "ENC-10", "zeros": "ENC-11"},
     variants=("weight", "zeros"),
     dims=("n", "k"),
     options=(),

@@ -40,6 +40,7 @@ OP = Op(
     name="int8_quantize",
     formula="scales = RNE_x(max(amax / 127, 1e-5)); q = clamp(RNE(x / scales), -128, 127); zeros = 0",
     clauses=("QNT-1", "QNT-2", "QNT-3", "QNT-5", "QNT-20", "QNT-21", "QNT-22"),
+    judged={"token": "QNT-21"},
     variants=("token",),
     dims=("m", "k"),
     options=(Option("x", ("bf16", "f16", "f32")), Option("quotient", ("wide", "narrow"))),

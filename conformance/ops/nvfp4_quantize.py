@@ -96,6 +96,7 @@ OP = Op(
         "QNT-1", "QNT-2", "QNT-3", "QNT-4", "QNT-5", "QNT-6", "QNT-40", "QNT-41", "QNT-42", "QNT-43", "QNT-44", "QNT-45",
         "QNT-46", "QNT-47", "QNT-48", "QNT-49", "QNT-50", "QNT-51", "QNT-52", "QNT-53",
     ),
+    judged={"static": "QNT-41", "dynamic": "QNT-41", "none": "QNT-41"},
     variants=("static", "dynamic", "none"),
     dims=("m", "k"),
     options=(

@@ -44,6 +44,7 @@ OP = Op(
     name="scale_fold",
     formula="c = max(amax_row / 448, 1 / (448 * 512)); group = RNE_e4m3(RNE_e4m3(s / c) / 8); channel = 8 c",
     clauses=("ENC-1", "ENC-19", "ENC-20", "ENC-21"),
+    judged={"row": "ENC-19"},
     variants=("row",),
     dims=("n", "k"),
     options=(Option("recipe", ("vllm", "vllm_native")),),

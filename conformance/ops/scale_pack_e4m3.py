@@ -32,6 +32,7 @@ OP = Op(
     name="scale_pack_e4m3",
     formula="packed[n, j] = RNE_e4m3_sat(scales[n] * (j - 8)), j = 0..7",
     clauses=("ENC-1", "ENC-15", "ENC-16"),
+    judged={"table8": "ENC-15"},
     variants=("table8",),
     dims=("n",),
     options=(),

@@ -33,6 +33,7 @@ OP = Op(
     name="scale_swizzle",
     formula="swizzled[(m // 128 * T + g // 4) * 512 + m % 32 * 16 + m // 32 % 4 * 4 + g % 4] = scales[m, g], T = ceil(G / 4)",
     clauses=("ENC-1", "ENC-17", "ENC-18"),
+    judged={"tile128x4": "ENC-17"},
     variants=("tile128x4",),
     dims=("m", "g"),
     options=(),

@@ -102,6 +102,7 @@ OP = Op(
     name="svdquant_quantize",
     formula="q, scales = quantise(x / smooth); lora_act = x @ lora_down; rows m..ceil(m / 256) * 256 are zero",
     clauses=("QNT-1", "QNT-2", "QNT-3", "QNT-4", "QNT-5", "QNT-6", "QNT-60", "QNT-61", "QNT-62", "QNT-63", "QNT-64", "QNT-65"),
+    judged={"nvfp4": "QNT-62", "int4": "QNT-62"},
     variants=("nvfp4", "int4"),
     dims=("m", "k", "r"),
     options=(Option("x", ("bf16", "f16")), Option("recipe", ("svdquant", "svdquant_triton", "nunchaku"))),
