@@ -15,7 +15,18 @@ from typing import Any, Protocol, runtime_checkable
 
 from lowbit.references.datapaths import DATAPATHS, Datapath
 from lowbit.references.declarations import (
-    EXACT_BITS, Claim, Contraction, Declaration, Join, Order, Start, Step, StepKind, add, cast, mul,
+    EXACT_BITS,
+    Claim,
+    Contraction,
+    Declaration,
+    Join,
+    Order,
+    Start,
+    Step,
+    StepKind,
+    add,
+    cast,
+    mul,
 )
 from lowbit.references.formats import BF16, E2M1, E4M3FN, E4M3FNUZ, E5M2, F16, F32, F64, INT4, INT8, INT32, UE4M3, UINT4, Format
 from lowbit.references.rounding import Rounding
@@ -77,7 +88,7 @@ class Backend(Protocol):
         workspace: Any, stream: Any,
     ) -> str:
         """Compute into `outputs` and return the name of the kernel that ran. `state` is what `prepare` returned for the
-        constants, `inputs` what `stage` returned for the activations; INOUT tensors appear in `inputs` and are changed in place."""
+        constants, `inputs` what `stage` returned for the activations; INOUT tensors are among them and are changed in place."""
 
 
 # Optional methods, with the behaviour a backend gets when it leaves them out:

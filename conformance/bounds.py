@@ -22,7 +22,8 @@ from .case import Case, Operands, Problem, Stream, Tensor
 from .op import Expectation, Flag, Op, Role, specs_of, tensors_of
 
 __all__ = [
-    "FAULTS", "SAMPLE_PRODUCTS", "Sample", "check_declaration", "gemm_expect", "power", "restrict", "sample_of", "to_expectation",
+    "FAULTS", "SAMPLE_PRODUCTS", "Sample", "accumulator_bits", "check_declaration", "gemm_expect", "power", "restrict",
+    "sample_of", "to_expectation",
 ]
 
 SAMPLE_PRODUCTS = 1 << 27
@@ -51,7 +52,8 @@ def gemm_expect(op: Op, case: Case, operands: Operands, declaration: Declaration
 # Declarations --------------------------------------------------------------------------------------------------------
 
 
-def _accumulator_bits(contraction: Contraction) -> int:
+def accumulator_bits(contraction: Contraction) -> int:
+    """Significand bits of the narrowest place a partial sum passes: datapath, running total of segments, reduction of splits."""
     path = contraction.datapath
     bits = min(path.output_bits, path.fraction_bits + 1) if path.fraction_bits else path.output_bits
     bits = min(bits, contraction.running.precision) if contraction.segment else bits
@@ -102,7 +104,7 @@ def check_declaration(op: Op, problem: Problem, declaration: Declaration) -> tup
         loose = [c for c in contractions if c.order is Order.UNKNOWN and c.datapath.family is not Family.INTEGER]
         if loose:
             return "a bit-exact claim needs a known order of K (clause DEC-4)", ""
-    bits = min(_accumulator_bits(c) for c in contractions)
+    bits = min(accumulator_bits(c) for c in contractions)
     looser = []
     if op.minimum_bits and bits < op.minimum_bits:
         looser.append(f"accumulator of {bits} bits, the contract's minimum is {op.minimum_bits}")
@@ -130,9 +132,10 @@ class Sample:
         share = self.rows.size * self.columns.size / max(1, self.shape[0] * self.shape[1])
         count = self.rows.size * self.columns.size
         missed = 1.0 - 0.01 ** (1.0 / max(1, count))
+        judged = f"{self.rows.size} rows x {self.columns.size} columns of {self.shape[0]} x {self.shape[1]} ({share:.2%})"
         return (
-            f"{self.rows.size} rows x {self.columns.size} columns of {self.shape[0]} x {self.shape[1]} ({share:.2%}); scattered faults of a rate "
-            f"above {missed:.1e} are missed with 1 % probability; every 64 x 64 tile-aligned rectangle is hit"
+            f"{judged}; scattered faults of a rate above {missed:.1e} are missed with 1 % probability; every aligned 64 x 64 "
+            "tile is hit"
         )
 
 
@@ -161,7 +164,9 @@ def _shared(codes: Codes, axis: int, columns: Codes | slice, n: int) -> Codes:
     return np.repeat(codes, 128, axis=axis).take(np.arange(n)[columns], axis=axis)
 
 
-def restrict(op: Op, problem: Problem, operands: Operands, rows: Codes | slice, columns: Codes | slice) -> tuple[Problem, Operands]:
+def restrict(
+    op: Op, problem: Problem, operands: Operands, rows: Codes | slice, columns: Codes | slice
+) -> tuple[Problem, Operands]:
     """The same problem for some rows of A and some rows of W. Tensors are cut along the axes whose size is `m` or `n`."""
     tensors = {}
     names = {spec.name: spec for spec in specs_of(op, problem)}

@@ -19,7 +19,7 @@ from lowbit.references.rounding import Overflow, Rounding, encode
 
 from .bounds import restrict
 from .case import Case, Operands, Problem, Stream, Tensor
-from .op import DomainError, Family, Op, Role, make_problem, specs_of, tensors_of
+from .op import DomainError, Family, Op, Role, make_problem, outside_domain, specs_of, tensors_of
 from .patterns import draw_operands
 from .selection import case_list
 from .stability import Execute, Finding
@@ -309,6 +309,9 @@ def _possible(op: Op, relation: Callable[[Op, Problem, int, Run], list[Pair]], p
     """Whether the relation exists for the problem: a dry run on outputs of zeros."""
 
     def zeros(local: Problem, operands: Operands) -> Mapping[str, Codes]:
+        broken = outside_domain(op, local)
+        if broken:
+            raise DomainError(broken)
         return {spec.name: np.zeros(spec.shape, dtype=container(spec.format)) for spec in tensors_of(op, local)
                 if spec.role in (Role.OUTPUT, Role.INOUT)}
 

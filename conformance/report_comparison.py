@@ -153,7 +153,10 @@ def _repro_fault(failure: Failure) -> str:
     except ValueError as error:
         return f"repro line {failure.repro!r} is not a shell line: {error}"
     head = words[:4] == ["lowbit", "run", failure.case, "--backend"] and words[4:5] not in ([], [""])
-    tactic = words[5:] == ([] if failure.tactic == "default" else ["--tactic", failure.tactic])
+    rest = words[5:]
+    if len(rest) >= 2 and rest[-2] == "--tensors" and failure.lane == "tensors":
+        rest = rest[:-2]
+    tactic = rest == ([] if failure.tactic == "default" else ["--tactic", failure.tactic])
     return "" if head and tactic else f"repro line {failure.repro!r} does not run {failure.case} [{failure.tactic}]"
 
 

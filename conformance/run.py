@@ -25,7 +25,7 @@ from lowbit.references.formats import Codes
 from lowbit.references.interpret import ProgramError
 
 from . import properties, report, stability, tensors, vectors, waivers
-from .bounds import check_declaration, gemm_expect, power, restrict, sample_of
+from .bounds import accumulator_bits, check_declaration, gemm_expect, power, restrict, sample_of
 from .case import Case, Operands, Problem
 from .op import DomainError, Expectation, Op, parse_case, parse_problem, tensors_of
 from .ops import ops
@@ -101,13 +101,7 @@ def _golden(op: Op, case: Case, declaration: Declaration) -> Mapping[str, Expect
     vector = vectors.vector_of(case)
     if declaration.program and not vector.any_program:
         return None
-    bits = [
-        item.datapath.output_bits
-        if not item.datapath.fraction_bits
-        else min(item.datapath.output_bits, item.datapath.fraction_bits + 1)
-        for item in declaration.program
-        if isinstance(item, Contraction)
-    ]
+    bits = [accumulator_bits(item) for item in declaration.program if isinstance(item, Contraction)]
     if vector.min_bits and bits and min(bits) < vector.min_bits:
         return None
     return vector.expectations

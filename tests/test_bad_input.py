@@ -233,7 +233,7 @@ def test_backend_that_refuses_everything_leaves_nothing_to_certify(inside: Comma
         (("run", "one two"), ("malformed", "op/variant/dims/options/pattern/sSEED")),
         (("run", CASE.replace("normal/s1", "golden/s9999")), ("golden",)),
         (("run", "nvfp4_quantize/static/m16k128/bf16.nosuch/normal/s0"), ("option token 'nosuch'", "svdquant")),
-        (("run", CASE, "--backend", "nosuch"), ("unknown backend 'nosuch'", "cpu, sim")),
+        (("run", CASE, "--backend", "nosuch"), ("unknown backend 'nosuch'", "registered under 'lowbit.backends' are: ")),
         (("run", CASE, "--backend", "sim:h300"), ("unknown datapath 'h300'",)),
         (("run", CASE, "--backend", "python:nosuch.py:Bad"), ("python:FILE.py:ATTRIBUTE",)),
         (("run", CASE, "--tactic", "nosuch"), ("no tactic 'nosuch'",)),

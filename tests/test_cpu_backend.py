@@ -86,7 +86,8 @@ def imported(source: str) -> Iterator[str]:
 def foreign(source: str) -> list[str]:
     """Imports that are neither the standard library, numpy, the backend protocol nor a file of the cpu target."""
     own = (
-        ".cpu_room.codec", ".cpu_room.domain", ".cpu_room.encodings", ".cpu_room.gemm", ".cpu_room.quantisers", ".codec", ".encodings",
+        ".cpu_room.codec", ".cpu_room.domain", ".cpu_room.encodings", ".cpu_room.gemm", ".cpu_room.quantisers", ".codec",
+        ".encodings",
     )
     return [
         name for name in imported(source)

@@ -1,4 +1,4 @@
-"""explain, reduce and bundles: the diagnosis is the planted fault, a reduction fails as it began, a bundle says what its run said.
+"""explain, reduce and bundles: a diagnosis is the planted fault, a reduction fails as it began, a bundle says what its run said.
 
 Faulty outputs come from the cpu backend on operands that were changed here, so no diagnosis is found by the code that made it.
 """
