@@ -69,7 +69,7 @@ class TensorSpec:
     role: Role
     family: Family = Family.ELEMENT
     when: tuple[tuple[str, tuple[str, ...]], ...] = ()
-    layout: str = ""  # name of a public layout in which the suite stores it; empty: canonical, row-major
+    layout: str = ""  # name of a public layout: the tensor is then its storage words; empty: one code per element, row-major
     logical: tuple[str, ...] = ()  # rows and columns of the code matrix behind a layout
 
 
