@@ -42,6 +42,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("lowbit.conformance.worker",),
     # lanes whose problems or operands do not come from the selection alone
     ("lowbit.conformance.stability", "lowbit.conformance.properties", "lowbit.conformance.tensors"),
+    ("lowbit.conformance.session",),
     ("lowbit.conformance.run",),
     (
         "lowbit.conformance.bench", "lowbit.conformance.bundle", "lowbit.conformance.evals", "lowbit.conformance.explain",

@@ -1,0 +1,533 @@
+"""One worker, one backend, one case: what a single judgement takes.
+
+Decides: the status of a case from its operands, its declaration and the outcome of its runs. Refuses: to let what a backend does
+become an exception; it becomes a verdict. The loop over many cases is `run.py`.
+While the worker computes a case the parent derives what may come back, so the expectation never sees the outputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import numpy.typing as npt
+
+from lowbit.references.declarations import Claim, Contraction, Declaration, text_of
+from lowbit.references.formats import Codes
+from lowbit.references.interpret import ProgramError
+
+from . import properties, report, stability, tensors, vectors, waivers
+from .bounds import accumulator_bits, check_declaration, gemm_expect, power, restrict, sample_of
+from .case import Case, Operands, Problem
+from .op import DomainError, Expectation, Op, parse_case, parse_problem, tensors_of
+from .ops import ops
+from .patterns import draw_operands, lane_of, level_of, rows_probed
+from .selection import Listed
+from .verdict import PASSING, Execution, Judgement, Kernel, Status, Verdict, digest_outputs, judge_outputs
+from .worker import Ending, Fault, Outcome, Variation, Worker, WorkerError
+
+__all__ = [
+    "EXECUTION", "Plan", "Rejudged", "Session", "batches_of", "expectations_of", "listed_of", "operands_of", "products_of",
+    "rejudge",
+]
+
+EXECUTION = {"sim": Execution.EMULATED}
+"""Targets whose verdicts are not of a device. Every other target executes where its tensors live."""
+
+_ENDINGS = {
+    Ending.RAISED: Status.RAISED,
+    Ending.CRASHED: Status.CRASHED,
+    Ending.TIMEOUT: Status.TIMEOUT,
+    Ending.MALFORMED: Status.MALFORMED,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What to certify. `ops`: names, empty for all. `shard`: (i, n). `per_op`: drawn cases per op. `timeout`: seconds a call
+    may take. `path`: folders added to the worker's sys.path. `repeats`: runs of a stability case."""
+
+    backend: str
+    level: int = 2
+    ops: tuple[str, ...] = ()
+    shard: tuple[int, int] = (1, 1)
+    per_op: int = 170
+    timeout: float = 60.0
+    path: tuple[str, ...] = ()
+    repeats: int = 100
+    waivers: tuple[waivers.Waiver, ...] = ()
+    tensors: str = ""  # FILE.safetensors[:GLOB] of real weights
+
+
+def products_of(op: Op, problem: Problem) -> int:
+    """Multiplications of operand pairs in a plain evaluation; 0 for ops that sum nothing."""
+    dims = dict(problem.dims)
+    if not op.is_gemm or "n" not in dims:
+        return 0
+    return dims["m"] * dims["n"] * (dims["k"] + dims.get("r", 0))
+
+
+def operands_of(op: Op, case: Case, batch: int = 0, source: str = "") -> Operands:
+    """The operands of a case, golden vectors and real weights (of the file `source`) included. Raises DomainError."""
+    if case.pattern == tensors.PATTERN:
+        return tensors.tensor_operands(op, case, source)
+    if case.pattern == "golden":
+        return vectors.vector_of(case).operands
+    return draw_operands(op, case, batch)
+
+
+def _golden(op: Op, case: Case, declaration: Declaration) -> Mapping[str, Expectation] | None:
+    """The stored expectation, unless the declared accumulator is too narrow for the vector's sum to be exact, or the bits are
+    those of the op's own program and another one may be declared: the vector is then judged by the declaration."""
+    vector = vectors.vector_of(case)
+    if declaration.program and not vector.any_program:
+        return None
+    bits = [accumulator_bits(item) for item in declaration.program if isinstance(item, Contraction)]
+    if vector.min_bits and bits and min(bits) < vector.min_bits:
+        return None
+    return vector.expectations
+
+
+def expectations_of(op: Op, case: Case, operands: Operands, declaration: Declaration) -> Mapping[str, Expectation]:
+    """Admissible outputs of a case under a declaration."""
+    if case.pattern == "golden":
+        stored = _golden(op, case, declaration)
+        if stored is not None:
+            return stored
+    return op.expect(case, operands, declaration)
+
+
+@dataclass(slots=True)
+class Session:
+    """One worker and what has been learnt of its backend. Not a base class; the loop's state in one place."""
+
+    plan: Plan
+    worker: Worker
+    name: str = ""
+    target: str = ""
+    device: str = "host"
+    describe: Mapping[str, str] = field(default_factory=dict)
+    coverage: report.Coverage = field(default_factory=report.Coverage)
+    declared: dict[tuple[str, str, str], str] = field(default_factory=dict)
+    _known: dict[tuple[Problem, str], tuple[Declaration | None, str, str]] = field(default_factory=dict)
+    _tactics: dict[Problem, tuple[str, ...]] = field(default_factory=dict)
+    _shares: dict[str, float] = field(default_factory=dict)
+
+    def open(self) -> None:
+        """Start the backend. Raises WorkerError where it does not load."""
+        hello = self.worker.hello()
+        self.name, self.target, self.device, self.describe = hello["name"], hello["target"], hello["device"], hello["describe"]
+
+    # What the backend says of a problem ---------------------------------------------------------------------------------
+
+    def tactics(self, problem: Problem) -> tuple[str, ...]:
+        """Tactics of a problem, asked once."""
+        if problem not in self._tactics:
+            self._tactics[problem] = self.worker.tactics(problem)
+        return self._tactics[problem]
+
+    def declaration(self, op: Op, problem: Problem, tactic: str) -> tuple[Declaration | None, str, str]:
+        """(declaration or None, what is wrong with it, its class), asked once per problem and tactic."""
+        key = (problem, tactic)
+        if key not in self._known:
+            try:
+                found = self.worker.declare(problem, tactic)
+                wrong, kind = check_declaration(op, problem, found)
+                self._known[key] = (None if wrong else found, wrong, kind)
+                if not wrong:
+                    self.declared.setdefault((op.name, tactic, text_of(found)), kind)
+            except WorkerError as error:
+                self._known[key] = (None, str(error), "")
+        return self._known[key]
+
+    def recall(self, verdict: Verdict) -> None:
+        """Count a verdict of an earlier run as if this session had judged it. Raises ReportError where its operands are not
+        those that the case has today."""
+        if verdict.lane == "reject" or verdict.status is Status.UNSUPPORTED:
+            return
+        case = listed_of(verdict.case).case
+        op = ops()[case.problem.op]
+        self.declaration(op, case.problem, verdict.tactic)
+        if verdict.lane in ("property", "stability") or not verdict.operands:
+            return
+        for batch in range(batches_of(op, case)):
+            operands = operands_of(op, case, batch, self.plan.tensors)
+            if batch == 0 and operands.sha256() != verdict.operands:
+                raise report.ReportError(f"the verdict of {verdict.case} to resume from is of other operands; leave out --resume")
+            self.coverage.add(case, operands)
+
+    # One case -----------------------------------------------------------------------------------------------------------
+
+    def _verdict(self, item: Listed, tactic: str, status: Status, reason: str = "", **more: object) -> Verdict:
+        op = ops()[item.case.problem.op]
+        base = Verdict(
+            str(item.case),
+            self.plan.backend,
+            tactic,
+            item.lane,
+            item.level,
+            status,
+            reason,
+            execution=EXECUTION.get(self.target, Execution.EXECUTED),
+            source=self.plan.tensors if item.lane == "tensors" else "",
+            products=products_of(op, item.case.problem) if item.lane != "reject" else 0,
+        )
+        if "clause" not in more:
+            more["clause"] = op.judged[item.case.problem.variant]
+        return replace(base, **more)  # type: ignore[arg-type]
+
+    def judge(self, item: Listed, support: str | Fault | None) -> Iterator[Verdict]:
+        """The verdicts of one listed case, one per tactic."""
+        op = ops()[item.case.problem.op]
+        if item.lane == "reject":
+            yield self._rejected(op, item, support)
+            return
+        if isinstance(support, Fault):
+            yield self._verdict(item, "default", _ENDINGS[support.ending], f"supports() failed: {support.reason}", clause="BCK-2")
+            return
+        if support is not None:
+            yield self._verdict(item, "default", Status.UNSUPPORTED, support)
+            return
+        try:
+            tactics = self.tactics(item.case.problem)
+        except WorkerError as error:
+            yield self._verdict(item, "default", _ENDINGS[error.fault.ending], f"tactics() failed: {error}", clause="BCK-2")
+            return
+        for tactic in tactics:
+            declaration, wrong, kind = self.declaration(op, item.case.problem, tactic)
+            if declaration is None:
+                yield self._verdict(item, tactic, Status.MALFORMED, f"declaration: {wrong}", clause="DEC-1")
+            else:
+                try:
+                    yield self._by_lane(op, item, tactic, declaration, kind)
+                except ProgramError as error:
+                    yield self._verdict(item, tactic, Status.MALFORMED, f"declaration: {error}", clause="DEC-1")
+
+    def _by_lane(self, op: Op, item: Listed, tactic: str, declaration: Declaration, kind: str) -> Verdict:
+        """Raises ProgramError where the declared program has no value on the case's operands."""
+        if item.lane == "property":
+            return self._property(op, item, tactic, declaration)
+        if item.lane == "stability":
+            return self._stability(op, item, tactic, declaration)
+        return replace(self._compute(op, item, tactic, declaration), declared=kind)
+
+    def _rejected(self, op: Op, item: Listed, support: str | Fault | None) -> Verdict:
+        clause = dict((text, clause) for text, clause in op.rejects)[str(item.case.problem)]
+        if isinstance(support, str):
+            return self._verdict(item, "default", Status.EXACT, clause=clause)
+        if isinstance(support, Fault):
+            status = Status.EXACT if support.ending is Ending.RAISED else _ENDINGS[support.ending]
+            return self._verdict(item, "default", status, "" if status in PASSING else support.reason, clause=clause)
+        reason = f"supports() admits a problem outside the contract's domain (clause {clause}); it must give a reason"
+        return self._verdict(item, "default", Status.DRIFT, reason, clause=clause)
+
+    def _outcome_verdict(self, item: Listed, tactic: str, outcome: Outcome) -> Verdict | None:
+        """The verdict of an outcome that gives nothing to judge; None where it does."""
+        if outcome.status in _ENDINGS:
+            reason = outcome.reason or "; ".join(outcome.findings)
+            return self._verdict(
+                item, tactic, _ENDINGS[outcome.status], reason, clause="BCK-3", kernel=outcome.kernel, seconds=outcome.seconds
+            )
+        if outcome.findings:
+            return self._verdict(
+                item, tactic, Status.MALFORMED, "; ".join(outcome.findings), clause="MEM-1", kernel=outcome.kernel
+            )
+        return None
+
+    def _compute(self, op: Op, item: Listed, tactic: str, declaration: Declaration) -> Verdict:
+        """Run and judge one case on one tactic, in as many batches as its probes need."""
+        case = item.case
+        specs = tensors_of(op, case.problem)
+        batches = batches_of(op, case)
+        judgements: list[Judgement] = []
+        shown: dict[str, bool] = {}
+        seconds, kernel, kernel_source, digest = 0.0, "", Kernel.CLAIMED, ""
+        statement, operand_digest = "", ""
+        elements = 0
+        for batch in range(batches):
+            operands = operands_of(op, case, batch, self.plan.tensors)
+            self.worker.submit(
+                case.problem, tactic, operands, specs, observe=self.device != "host", label=str(case), timeout=self.plan.timeout
+            )
+            try:
+                operand_digest = operand_digest or operands.sha256()
+                expected, statement, cut = _expected(op, case, operands, declaration)
+                if batch == 0:
+                    shown = _shown(op, case, operands, declaration, expected, cut)
+                self.coverage.add(case, operands)
+            finally:
+                outcome = self.worker.collect()
+            failed = self._outcome_verdict(item, tactic, outcome)
+            if failed is not None:
+                return replace(failed, operands=operand_digest)
+            elements += sum(codes.size for codes in outcome.outputs.values())
+            judgements.append(_judgement(op, case, operands, declaration, outcome, expected, cut))
+            seconds += outcome.seconds
+            kernel, kernel_source = outcome.kernel, outcome.kernel_source
+            digest = digest or digest_outputs(outcome.outputs)
+        return self._settle(
+            item,
+            tactic,
+            declaration,
+            judgements,
+            shown,
+            Verdict(
+                "",
+                "",
+                "",
+                "",
+                0,
+                Status.EXACT,
+                kernel=kernel,
+                kernel_source=kernel_source,
+                operands=operand_digest,
+                total=elements,
+                sample=statement,
+                seconds=seconds,
+                output_sha256=digest,
+            ),
+        )
+
+    def _settle(
+        self,
+        item: Listed,
+        tactic: str,
+        declaration: Declaration,
+        judgements: Sequence[Judgement],
+        shown: Mapping[str, bool],
+        facts: Verdict,
+    ) -> Verdict:
+        """One verdict from the judgements of all batches."""
+        wrong, judged = sum(j.wrong for j in judgements), sum(j.judged for j in judgements)
+        worst = max(
+            (j for j in judgements if j.worst),
+            key=lambda j: (j.worst.ulps, j.worst.share or 0.0) if j.worst else (0, 0.0),
+            default=None,
+        )
+        histogram: dict[str, int] = {}
+        for judgement in judgements:
+            for label, count in judgement.ulp_histogram.items():
+                histogram[label] = histogram.get(label, 0) + count
+        status, reason = _conclusion(wrong, judged, all(j.pointed for j in judgements), shown, declaration)
+        heat = worst.heat if worst else ()
+        share = worst.worst.share if worst and worst.worst else None
+        name = item.case.problem.op
+        if status in PASSING:
+            if share is None or share <= self._shares.get(name, 0.0):
+                heat = ()
+            else:
+                self._shares[name] = share
+        return self._verdict(
+            item,
+            tactic,
+            status,
+            reason,
+            kernel=facts.kernel,
+            kernel_source=facts.kernel_source,
+            operands=facts.operands,
+            wrong=wrong,
+            judged=judged,
+            total=facts.total,
+            sample=facts.sample,
+            worst=worst.worst if worst else None,
+            ulp_histogram=histogram,
+            power=dict(shown),
+            seconds=facts.seconds,
+            heat=heat,
+            output_sha256=facts.output_sha256,
+        )
+
+    def _property(self, op: Op, item: Listed, tactic: str, declaration: Declaration) -> Verdict:
+        try:
+            found = properties.judge_property(op, item.case, tactic, declaration, self._execute(op, tactic, item))
+        except _Refused as refused:
+            if item.case.pattern == "prop_empty":  # the contract leaves M = 0 to the backend
+                return self._verdict(item, tactic, Status.EXACT)
+            return self._verdict(item, tactic, Status.UNSUPPORTED, str(refused))
+        if isinstance(found, Outcome):
+            return self._outcome_verdict(item, tactic, found) or self._verdict(item, tactic, Status.MALFORMED, "no outcome")
+        status = Status.DRIFT if found.wrong else Status.EXACT
+        return self._verdict(
+            item,
+            tactic,
+            status,
+            found.reason,
+            clause=found.clause,
+            wrong=found.wrong,
+            judged=found.judged,
+            total=found.judged,
+            operands=found.operands,
+            kernel=found.kernel,
+        )
+
+    def _stability(self, op: Op, item: Listed, tactic: str, declaration: Declaration) -> Verdict:
+        found = stability.judge_stability(op, item.case, declaration, self._execute(op, tactic, item), self.plan.repeats)
+        if isinstance(found, Outcome):
+            return self._outcome_verdict(item, tactic, found) or self._verdict(item, tactic, Status.MALFORMED, "no outcome")
+        status = Status.DRIFT if found.wrong else Status.EXACT
+        return self._verdict(
+            item,
+            tactic,
+            status,
+            found.reason,
+            clause=found.clause,
+            wrong=found.wrong,
+            judged=found.judged,
+            total=found.judged,
+            operands=found.operands,
+            kernel=found.kernel,
+        )
+
+    def _execute(self, op: Op, tactic: str, item: Listed) -> Callable[[Problem, Operands, Variation], Outcome]:
+        """Run the backend on other operands or under another variation, for properties and stability. Raises _Refused for a
+        problem other than the case's own that the backend does not support."""
+        known: dict[Problem, str | Fault | None] = {item.case.problem: None}
+
+        def execute(problem: Problem, operands: Operands, variation: Variation) -> Outcome:
+            if problem not in known:
+                known[problem] = self.worker.supports([problem])[0]
+            support = known[problem]
+            if isinstance(support, Fault):
+                return Outcome(support.ending, f"supports() failed for {problem}: {support.reason}", log=support.log)
+            if support is not None:
+                raise _Refused(f"the relation needs {problem}: {support}")
+            specs = tensors_of(op, problem)
+            return self.worker.execute(
+                problem, tactic, operands, specs, variation, label=str(item.case), timeout=self.plan.timeout
+            )
+
+        return execute
+
+
+class _Refused(Exception):
+    """A problem that a relation needs and the backend does not support; the message is the sentence of the verdict."""
+
+
+def batches_of(op: Op, case: Case) -> int:
+    """How many runs a case takes: probes light one k per row of A, and K may be longer than M."""
+    if case.pattern not in ("onehot", "scaleprobe"):
+        return 1
+    rows = case.problem.dim("m")
+    return max(1, -(-len(rows_probed(op, case)) // rows)) if rows else 1
+
+
+Cut = tuple[Problem, Operands, tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]]
+
+
+def _expected(
+    op: Op, case: Case, operands: Operands, declaration: Declaration
+) -> tuple[Mapping[str, Expectation], str, Cut | None]:
+    """(expectations, statement of the sample, what the sample cut out)."""
+    sample = sample_of(case) if op.is_gemm else None
+    if sample is None:
+        return expectations_of(op, case, operands, declaration), "", None
+    problem, part = restrict(op, case.problem, operands, sample.rows, sample.columns)
+    expected = gemm_expect(op, Case(problem, case.pattern, case.seed), part, declaration)
+    return expected, sample.statement(), (problem, part, (sample.rows, sample.columns))
+
+
+def _shown(
+    op: Op, case: Case, operands: Operands, declaration: Declaration, expected: Mapping[str, Expectation], cut: Cut | None
+) -> dict[str, bool]:
+    """Fault classes that the case would have shown, on its sample where it has one."""
+    if not op.is_gemm or "d" not in expected or case.pattern == "golden":
+        return {}
+    local = case if cut is None else Case(cut[0], case.pattern, case.seed)
+    return dict(power(op, local, operands if cut is None else cut[1], declaration, expected["d"]))
+
+
+def _judgement(
+    op: Op,
+    case: Case,
+    operands: Operands,
+    declaration: Declaration,
+    outcome: Outcome,
+    expected: Mapping[str, Expectation],
+    cut: Cut | None,
+) -> Judgement:
+    """The outputs of one batch against their admissible sets."""
+    outputs, untouched = outcome.outputs, outcome.untouched
+    given = _given(op, case, operands, declaration, outputs, expected)
+    if cut is not None:
+        rows, columns = cut[2]
+        outputs = {name: codes[np.ix_(rows, columns)] for name, codes in outputs.items()}
+        untouched = {name: mask[np.ix_(rows, columns)] for name, mask in untouched.items()}
+    return judge_outputs(given, outputs, untouched)
+
+
+def _conclusion(
+    wrong: int, judged: int, pointed: bool, shown: Mapping[str, bool], declaration: Declaration
+) -> tuple[Status, str]:
+    """Status and sentence of a case whose outputs were judged."""
+    if wrong:
+        return Status.DRIFT, f"{wrong:,} of {judged:,} judged elements are outside their admissible set"
+    if shown.get("zero_output") is False:
+        return Status.UNTRUSTED, "an all-zero output would have passed: the declared arithmetic is too loose for this case"
+    return (Status.EXACT if pointed or declaration.claim is Claim.BIT_EXACT else Status.WITHIN), ""
+
+
+@dataclass(frozen=True, slots=True)
+class Rejudged:
+    """What the loop says of one batch whose outputs are already there."""
+
+    status: Status
+    reason: str
+    judgement: Judgement
+    sample: str
+    power: Mapping[str, bool]
+
+
+def rejudge(op: Op, case: Case, operands: Operands, declaration: Declaration, outcome: Outcome) -> Rejudged:
+    """Judge the outcome of one batch as `certify` does, without a worker."""
+    wrong, _ = check_declaration(op, case.problem, declaration)
+    try:
+        expected, statement, cut = _expected(op, case, operands, declaration)
+    except ProgramError as error:
+        return Rejudged(Status.MALFORMED, f"declaration: {error}", Judgement(0, 0, True, None, {}, ()), "", {})
+    shown = _shown(op, case, operands, declaration, expected, cut)
+    found = _judgement(op, case, operands, declaration, outcome, expected, cut)
+    status, reason = _conclusion(found.wrong, found.judged, found.pointed, shown, declaration)
+    if wrong:
+        status, reason = Status.MALFORMED, f"declaration: {wrong}"
+    elif outcome.findings:
+        status, reason = Status.MALFORMED, "; ".join(outcome.findings)
+    return Rejudged(status, reason, found, statement, shown)
+
+
+def _given(
+    op: Op,
+    case: Case,
+    operands: Operands,
+    declaration: Declaration,
+    outputs: Mapping[str, Codes],
+    expected: Mapping[str, Expectation],
+) -> Mapping[str, Expectation]:
+    """Expectations that depend on the backend's own scales, where the op has such: codes are judged on those."""
+    if op.expect_given is None or case.pattern == "golden":
+        return expected
+    return op.expect_given(case, operands, declaration, outputs)
+
+
+def listed_of(text: str) -> Listed:
+    """The entry behind a case id, whatever its lane. Raises DomainError for an id that means nothing."""
+    try:
+        return _listed(text)
+    except DomainError:
+        raise
+    except ValueError as error:
+        raise DomainError(str(error)) from error
+
+
+def _listed(text: str) -> Listed:
+    *_, pattern, seed = Case.split(text)
+    if pattern == "reject":
+        return Listed(Case(parse_problem(text.rsplit("/", 2)[0], ops(), check=False), pattern, seed), "reject", 2)
+    case = parse_case(text, ops())
+    op = ops()[case.problem.op]
+    if pattern == "golden":
+        vectors.vector_of(case)
+    lane = "stability" if pattern == stability.PATTERN else lane_of(op, pattern)
+    if lane not in ("property", "stability", "golden") and pattern not in op.patterns:
+        raise DomainError(f"{op.name} has no pattern {pattern!r}; it has {', '.join(op.patterns)}")
+    return Listed(case, lane, level_of(lane))
