@@ -284,7 +284,7 @@ def _applies(op: Op, name: str, problem: Problem) -> bool:
 def relations_of(op: Op, problem: Problem) -> tuple[str, ...]:
     """Patterns of the relations that a problem has."""
     table = PROPERTIES.items()
-    return tuple(name for name, (relation, _) in table if _applies(op, name, problem) and _possible(op, relation, problem))
+    return tuple(name for name, (relation, _) in table if _applies(op, name, problem) and _possible(op, relation, problem, 1))
 
 
 def property_cases(op: Op) -> list[Case]:
@@ -299,13 +299,13 @@ def property_cases(op: Op) -> list[Case]:
             if picked == _PER_PROPERTY or not usable:
                 break
             problem = usable[int(stream.integers(0, len(usable) - 1, (1,))[0])]
-            if _applies(op, name, problem) and _possible(op, relation, problem):
+            if _applies(op, name, problem) and _possible(op, relation, problem, attempt + 1):
                 found.append(Case(problem, name, attempt + 1))
                 picked += 1
     return list({(case.problem, case.pattern): case for case in found}.values())
 
 
-def _possible(op: Op, relation: Callable[[Op, Problem, int, Run], list[Pair]], problem: Problem) -> bool:
+def _possible(op: Op, relation: Callable[[Op, Problem, int, Run], list[Pair]], problem: Problem, seed: int) -> bool:
     """Whether the relation exists for the problem: a dry run on outputs of zeros."""
 
     def zeros(local: Problem, operands: Operands) -> Mapping[str, Codes]:
@@ -316,7 +316,7 @@ def _possible(op: Op, relation: Callable[[Op, Problem, int, Run], list[Pair]], p
                 if spec.role in (Role.OUTPUT, Role.INOUT)}
 
     try:
-        relation(op, problem, 1, zeros)
+        relation(op, problem, seed, zeros)
     except (DomainError, StopIteration):
         return False
     return True
