@@ -24,6 +24,7 @@ from .op import DomainError, Expectation, Op, parse_case, parse_problem, tensors
 from .ops import ops
 from .patterns import draw_operands, lane_of, level_of, rows_probed
 from .selection import Listed
+from .stability import Finding, Refused
 from .verdict import PASSING, Execution, Judgement, Kernel, Status, Verdict, digest_outputs, judge_outputs
 from .worker import Ending, Fault, Outcome, Variation, Worker, WorkerError
 
@@ -341,46 +342,30 @@ class Session:
     def _property(self, op: Op, item: Listed, tactic: str, declaration: Declaration) -> Verdict:
         try:
             found = properties.judge_property(op, item.case, tactic, declaration, self._execute(op, tactic, item))
-        except _Refused as refused:
+        except Refused as refused:
             if item.case.pattern == "prop_empty":  # the contract leaves M = 0 to the backend
                 return self._verdict(item, tactic, Status.EXACT)
             return self._verdict(item, tactic, Status.UNSUPPORTED, str(refused))
         if isinstance(found, Outcome):
             return self._outcome_verdict(item, tactic, found) or self._verdict(item, tactic, Status.MALFORMED, "no outcome")
-        status = Status.DRIFT if found.wrong else Status.EXACT
-        return self._verdict(
-            item,
-            tactic,
-            status,
-            found.reason,
-            clause=found.clause,
-            wrong=found.wrong,
-            judged=found.judged,
-            total=found.judged,
-            operands=found.operands,
-            kernel=found.kernel,
-        )
+        return self._related(item, tactic, found)
 
     def _stability(self, op: Op, item: Listed, tactic: str, declaration: Declaration) -> Verdict:
         found = stability.judge_stability(op, item.case, declaration, self._execute(op, tactic, item), self.plan.repeats)
         if isinstance(found, Outcome):
             return self._outcome_verdict(item, tactic, found) or self._verdict(item, tactic, Status.MALFORMED, "no outcome")
+        return self._related(item, tactic, found)
+
+    def _related(self, item: Listed, tactic: str, found: Finding) -> Verdict:
+        """The verdict of a finding about several runs."""
         status = Status.DRIFT if found.wrong else Status.EXACT
         return self._verdict(
-            item,
-            tactic,
-            status,
-            found.reason,
-            clause=found.clause,
-            wrong=found.wrong,
-            judged=found.judged,
-            total=found.judged,
-            operands=found.operands,
-            kernel=found.kernel,
+            item, tactic, status, found.reason, clause=found.clause, wrong=found.wrong, judged=found.judged, total=found.judged,
+            operands=found.operands, kernel=found.kernel,
         )
 
     def _execute(self, op: Op, tactic: str, item: Listed) -> Callable[[Problem, Operands, Variation], Outcome]:
-        """Run the backend on other operands or under another variation, for properties and stability. Raises _Refused for a
+        """Run the backend on other operands or under another variation, for properties and stability. Raises Refused for a
         problem other than the case's own that the backend does not support."""
         known: dict[Problem, str | Fault | None] = {item.case.problem: None}
 
@@ -391,17 +376,13 @@ class Session:
             if isinstance(support, Fault):
                 return Outcome(support.ending, f"supports() failed for {problem}: {support.reason}", log=support.log)
             if support is not None:
-                raise _Refused(f"the relation needs {problem}: {support}")
+                raise Refused(f"the relation needs {problem}: {support}")
             specs = tensors_of(op, problem)
             return self.worker.execute(
                 problem, tactic, operands, specs, variation, label=str(item.case), timeout=self.plan.timeout
             )
 
         return execute
-
-
-class _Refused(Exception):
-    """A problem that a relation needs and the backend does not support; the message is the sentence of the verdict."""
 
 
 def batches_of(op: Op, case: Case) -> int:

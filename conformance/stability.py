@@ -1,9 +1,9 @@
 """Level L3 in its host form: what may not change a bit when nothing that the contract knows of has changed.
 
-Decides: which variations of one call are compared, and what each may change. Repeats and poison patterns may change nothing
-where the declaration says deterministic. Placement, alignment, row padding and a side stream may pick another kernel, so each
-such outcome is judged against the expectation, and must agree bit for bit where the declaration is deterministic and the
-case is exact. Refuses: to call a spread a defect where the declaration does not promise determinism.
+Decides: which variations of one call are compared, and what each may change. Repeats, poison patterns and other calls in
+between may change nothing where the declaration says deterministic. Placement, alignment, row padding and a side stream may
+pick another kernel, so each such outcome is judged against the expectation. Refuses: to call a spread a defect where the
+declaration does not promise determinism.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from .selection import case_list
 from .verdict import judge_outputs
 from .worker import VARIATIONS, Ending, Outcome, Variation, differences
 
-__all__ = ["PATTERN", "Execute", "Finding", "judge_stability", "stability_cases"]
+__all__ = ["PATTERN", "Execute", "Finding", "Refused", "judge_stability", "stability_cases"]
 
 PATTERN = "stable"
 """Pattern part of the ids of stability cases; operands are those of the pattern `normal` (or the op's first)."""
@@ -38,6 +38,10 @@ class Finding:
     judged: int
     operands: str
     kernel: str
+
+
+class Refused(Exception):
+    """The backend does not support a problem that is run beside the one under judgement."""
 
 
 def stability_cases(op: Op, count: int = 4) -> list[Case]:
@@ -81,4 +85,26 @@ def judge_stability(op: Op, case: Case, declaration: Declaration, execute: Execu
                 changed = differences(base, varied)
                 wrong += len(changed)
                 sentences += [f"{name}: {sentence}" for sentence in changed]
+    for other in _others(op, case):
+        try:
+            execute(other.problem, draw_operands(op, other), Variation())
+        except Refused:
+            continue
+        again = execute(case.problem, operands, Variation())
+        if again.status is not Ending.OK:
+            return again
+        judgement = judge_outputs(expected, again.outputs, again.untouched)
+        judged += judgement.judged
+        changed = differences(base, again) if declaration.deterministic else ()
+        wrong += judgement.wrong + len(changed)
+        sentences += [f"after {other}: {judgement.wrong} elements leave their admissible set"] if judgement.wrong else []
+        sentences += [f"after {other}: {sentence}" for sentence in changed]
     return Finding("; ".join(sentences), "STA-1", wrong, max(judged, wrong), operands.sha256(), base.kernel)
+
+
+def _others(op: Op, case: Case, count: int = 4) -> list[Case]:
+    """Other problems of the op in a seeded order, run between repeats of the case: no state may leak from one to the next."""
+    problems = [problem for problem in dict.fromkeys(item.case.problem for item in case_list(op)) if problem != case.problem]
+    places = Stream("sequence", case).integers(0, max(0, len(problems) - 1), (count if problems else 0,))
+    pattern = "normal" if "normal" in op.patterns else op.patterns[0]
+    return [Case(problems[int(place)], pattern, number + 1) for number, place in enumerate(places)]

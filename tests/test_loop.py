@@ -153,3 +153,38 @@ def test_a_case_id_fixes_its_operands() -> None:
         assert operands_of(ops()[case.problem.op], case).sha256() == digest, text
 
 
+
+
+LEAKY = '''
+from lowbit.kernels.cpu import Cpu
+
+class Leaky:
+    """What another problem left behind changes one bit of the next call."""
+
+    name, target = "leaky", "cpu"
+
+    def __init__(self):
+        self.honest, self.first, self.dirty = Cpu(), None, False
+        for method in ("supports", "declare", "prepare", "stage"):
+            setattr(self, method, getattr(self.honest, method))
+
+    def run(self, problem, tactic, state, inputs, outputs, workspace, stream):
+        name = self.honest.run(problem, tactic, state, inputs, outputs, workspace, stream)
+        self.first = self.first or problem
+        self.dirty = self.dirty or problem != self.first
+        if self.dirty and problem == self.first:
+            outputs["d"].memory[0, 0] ^= 1
+        return name
+'''
+
+
+def test_state_that_leaks_between_calls_is_seen(tmp_path: Path) -> None:
+    file = tmp_path / "leaky.py"
+    file.write_text(LEAKY)
+    case = "gemm_int4/half/m9n112k128r0/f16.bias/stable/s2"
+    (honest,) = run_one(case, "cpu", repeats=2)
+    assert honest.status is Status.EXACT
+    (leaky,) = run_one(case, f"python:{file}:Leaky", repeats=2)
+    assert leaky.status is Status.DRIFT
+    assert leaky.reason.startswith("after gemm_int4/")
+    assert leaky.clause == "STA-1"
