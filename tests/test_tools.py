@@ -132,7 +132,8 @@ def stored(path: Path, text: str, changes: Mapping[str, Callable[[Codes], Codes]
         }
     )
     outcome = Outcome(Ending.OK, outputs=call(case, spoiled), kernel="faulty")
-    bundles._store(path, bundles.Bundle(case, 0, "faulty", "default", CPU.declare(case.problem, "default"), right, outcome))
+    declared = CPU.declare(case.problem, "default")
+    bundles._store(path, bundles.Bundle(case, 0, "faulty", "default", declared, right, outcome, "cpu"))
     return path
 
 
@@ -368,3 +369,10 @@ def test_reduction_keeps_the_way_in_which_the_case_fails(faulty: Callable[[str],
     assert run_one(found.end, faulty("Mixed"))[0].status is Status.DRIFT
     limited = reduce(start, faulty("Mixed"), limit=2)
     assert limited.tries == 2
+
+
+def test_replay_says_where_the_outputs_came_from(tmp_path: Path) -> None:
+    for backend, execution in (("cpu", "executed"), ("sim:hopper_wgmma_fp8", "emulated")):
+        path = tmp_path / f"{execution}.safetensors"
+        bundles.record("gemm_w4a8_fp8/folded/m2n8k128g128/bf16/normal/s1", backend, "default", path)
+        assert bundles.replay(path).execution == execution
