@@ -35,10 +35,10 @@ from .case import Problem
 from .op import Role
 
 __all__ = [
-    "BF16", "DATAPATHS", "E2M1", "E4M3FN", "E4M3FNUZ", "E5M2", "EXACT_BITS", "F16", "F32", "F64", "GROUP", "INT32", "INT4",
-    "INT8", "UE4M3", "UINT4", "Backend", "BackendError", "Claim", "Contraction", "Datapath", "Declaration", "Format", "Join",
-    "Order", "Problem", "Role", "Rounding", "Start", "Step", "StepKind", "TensorView", "add", "backend_names", "cast",
-    "find_backend", "mul",
+    "BF16", "DATAPATHS", "E2M1", "E4M3FN", "E4M3FNUZ", "E5M2", "EXACT_BITS", "EXECUTIONS", "F16", "F32", "F64", "GROUP", "INT32",
+    "INT4", "INT8", "UE4M3", "UINT4", "Backend", "BackendError", "Claim", "Contraction", "Datapath", "Declaration", "Format",
+    "Join", "Order", "Problem", "Role", "Rounding", "Start", "Step", "StepKind", "TensorView", "add", "backend_names", "cast",
+    "execution_of", "find_backend", "mul",
 ]
 
 GROUP = "lowbit.backends"
@@ -98,6 +98,8 @@ class Backend(Protocol):
 #   stage(problem, tactic, activations) -> inputs        activations untimed, may pack
 #   workspace(problem, tactic) -> int                    0           bytes of scratch memory, poisoned by the suite
 #   device -> str                                        "host"      name of the device its tensors live on
+#   execution -> str                                     "executed"  or "emulated" (by a model or an emulation of the device), or
+#                                                                    "compiled" (nothing runs here: supports() refuses it all)
 #   unpack(problem, tactic, state) -> Mapping            absent      diagnostic only, never evidence
 #   probe(problem, tactic, state, inputs, stage) -> Any  absent      diagnostic only, never evidence
 
@@ -110,6 +112,18 @@ def tactics_of(backend: Any, problem: Problem) -> Sequence[str]:
 def describe(backend: Any) -> Mapping[str, str]:
     """What a backend says of itself."""
     return dict(backend.describe()) if hasattr(backend, "describe") else {}
+
+
+EXECUTIONS = ("executed", "emulated", "compiled")
+"""Where the arithmetic of a backend happens, the most that can be said first."""
+
+
+def execution_of(backend: Any) -> str:
+    """Where the arithmetic of a backend happens on this machine: one of `EXECUTIONS`. Raises BackendError for another word."""
+    said = str(getattr(backend, "execution", EXECUTIONS[0]))
+    if said not in EXECUTIONS:
+        raise BackendError(f"backend {backend.name!r} says execution {said!r}; expected one of {', '.join(EXECUTIONS)}")
+    return said
 
 
 def backend_names() -> tuple[str, ...]:

@@ -30,20 +30,20 @@ from .case import Case, Operands, Tensor
 from .op import DomainError, Op, Role, tensors_of
 from .ops import ops
 from .report import ReportError
-from .run import EXECUTION, batches_of, listed_of, operands_of, products_of, rejudge
+from .run import batches_of, listed_of, operands_of, products_of, rejudge
 from .selection import CONTRACT
 from .verdict import FAILING, Execution, Kernel, Verdict, digest_outputs
 from .worker import Ending, Fault, Outcome, Worker, WorkerError
 
 __all__ = ["SCHEMA", "Bundle", "bundled", "capture", "declaration_from_data", "declaration_to_data", "load", "record", "replay"]
 
-SCHEMA = "lowbit-bundle/1"
+SCHEMA = "lowbit-bundle/2"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Bundle:
     """What a bundle file holds. `batch`: which run of a case that takes several. `outcome`: its outputs, kernel, poison and
-    findings. `target`: of the backend; it says whether the outputs were executed or emulated."""
+    findings. `execution`: whether a device or an emulation of it gave the outputs."""
 
     case: Case
     batch: int
@@ -52,7 +52,7 @@ class Bundle:
     declaration: Declaration
     operands: Operands
     outcome: Outcome
-    target: str
+    execution: Execution
 
     @property
     def outputs(self) -> Mapping[str, Codes]:
@@ -141,7 +141,7 @@ def _store(path: Path, bundle: Bundle) -> None:
         "case": str(bundle.case),
         "batch": bundle.batch,
         "backend": bundle.backend,
-        "target": bundle.target,
+        "execution": bundle.execution.value,
         "tactic": bundle.tactic,
         "contract": CONTRACT,
         "suite": report.suite_version(),
@@ -181,14 +181,14 @@ def capture(text: str, backend: str, tactic: str, *, timeout: float = 60.0, extr
                 support if isinstance(support, Fault) else Fault(Ending.RAISED, f"{backend} does not compute {text}: {support}")
             )
         declaration = worker.declare(case.problem, tactic)
-        target = str(worker.hello()["target"])
+        execution = Execution(worker.hello()["execution"])
         for batch in range(batches_of(op, case)):
             operands = operands_of(op, case, batch)
             outcome = worker.execute(case.problem, tactic, operands, tensors_of(op, case.problem), label=text)
             if not outcome.outputs:
                 reason = outcome.reason or "it gave no output"
                 raise WorkerError(Fault(outcome.status, f"{backend} gives nothing to look at for {text}: {reason}", outcome.log))
-            found = Bundle(case, batch, backend, tactic, declaration, operands, outcome, target)
+            found = Bundle(case, batch, backend, tactic, declaration, operands, outcome, execution)
             if rejudge(op, case, operands, declaration, outcome).status in FAILING:
                 return found
             first = first or found
@@ -240,7 +240,7 @@ def load(path: Path) -> Bundle:
             _declaration(header["declaration"], path),
             operands,
             outcome,
-            str(header["target"]),
+            Execution(header["execution"]),
         )
         digests = header["operands_sha256"], header["outputs_sha256"]
     except KeyError as error:
@@ -302,7 +302,7 @@ def replay(path: Path) -> Verdict:
         found.status,
         found.reason,
         op.judged[case.problem.variant],
-        EXECUTION.get(bundle.target, Execution.EXECUTED),
+        bundle.execution,
         kernel=outcome.kernel,
         kernel_source=outcome.kernel_source,
         operands=bundle.operands.sha256(),

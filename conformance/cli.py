@@ -27,13 +27,13 @@ from rich.text import Text
 
 from . import report as reports
 from . import waivers as waivers_room
-from .backend import BackendError, backend_names, find_backend
+from .backend import EXECUTIONS, BackendError, backend_names, execution_of, find_backend
 from .exit_codes import ExitCode
 from .op import DomainError
 from .ops import ops
 from .report import MergeError, OutputError, ReportError
 from .selection import CONTRACT, case_list
-from .verdict import FAILING, Status, Verdict
+from .verdict import FAILING, NEVER_EXECUTED, Status, Verdict
 from .waivers import WaiverError
 from .worker import WorkerError
 
@@ -141,7 +141,11 @@ def _about(name: str) -> tuple[str, str]:
         backend = find_backend(name)
     except BackendError as error:
         return "", f"a gallery; write {name}:NAME" if name in ("mutant", "variant") else str(error)
-    return str(backend.target), "ready"
+    try:
+        execution = execution_of(backend)
+    except Exception as error:  # a device that is there and does not start says so here
+        return str(backend.target), f"{type(error).__name__}: {error}"
+    return str(backend.target), {"executed": "ready", "emulated": "ready, emulated", "compiled": NEVER_EXECUTED}[execution]
 
 
 # certify -------------------------------------------------------------------------------------------------------------
@@ -199,22 +203,30 @@ def _show(verdict: Verdict) -> None:
     _err.print(f"  {verdict.repro}", markup=False)
 
 
-def _for_target(target: str) -> str:
-    """The backend of a target. Stops with code 4 where there is none."""
-    found = []
+def _for_target(target: str) -> tuple[str, ...]:
+    """The backends of a target to certify here: those that execute; where there is none those that are emulated; then those
+    that are compiled only. Stops with code 4 where there is none at all. A device that is there and does not start stops it."""
+    found: dict[str, list[str]] = {word: [] for word in EXECUTIONS}
     for name in backend_names():
         try:
-            if find_backend(name).target == target:
-                found.append(name)
+            backend = find_backend(name)
         except BackendError:
             continue
-    if not found:
+        if backend.target != target:
+            continue
+        try:
+            found[execution_of(backend)].append(name)
+        except Exception as error:
+            said = f"{type(error).__name__}: {error}"
+            raise Stop(ExitCode.NOTHING_TO_CERTIFY, f"target {target}: backend {name} cannot use its device: {said}") from error
+    chosen = next((tuple(names) for names in found.values() if names), ())
+    if not chosen:
         raise Stop(
             ExitCode.NOTHING_TO_CERTIFY,
             f"target {target}: nothing to certify, because this release ships no backend for it and none is installed; a backend "
             "registers under the entry-point group lowbit.backends (docs/backends.md)",
         )
-    return found[0]
+    return chosen
 
 
 @app.command()
@@ -237,19 +249,40 @@ def certify(
     strength: Annotated[Path | None, typer.Option(help="Figures of `lowbit mutants --json` to show in the report.")] = None,
     json_path: JsonOption = None,
 ) -> None:
-    """Judge a backend on every case of a level and write a report."""
-    from . import html, junit, run
+    """Judge a backend on every case of a level and write a report; with --target each backend of the target that runs here, into
+    a folder of its name where there are several."""
+    from . import run
 
     if not backend and not target:
         raise Stop(ExitCode.USAGE, "certify needs a backend, for example `lowbit certify cpu`, or --target")
-    backend = backend or _for_target(target)
-    plan = run.Plan(
-        backend, _level(level), tuple(name for name in ops_.split(",") if name), _shard(shard), per_op, timeout, (), repeats,
-        tuple(waivers_room.read(waivers)) if waivers else (), tensors,
-    )
+    names = (backend,) if backend else _for_target(target)
+    plans = [
+        run.Plan(
+            name, _level(level), tuple(op for op in ops_.split(",") if op), _shard(shard), per_op, timeout, (), repeats,
+            tuple(waivers_room.read(waivers)) if waivers else (), tensors,
+        )
+        for name in names
+    ]
     power = _strength(strength) if strength else None
-    for name in plan.ops:
-        _names(name)
+    for op in plans[0].ops:
+        _names(op)
+    figures, ends = [], []
+    for plan in plans:
+        result = _certified(plan, out / plan.backend if len(plans) > 1 else out, level, resume, power)
+        figures.append(_figures(result))
+        try:
+            _end(result, require_device)
+        except Stop as stop:
+            ends.append(Stop(stop.code, f"{plan.backend}: {stop.message}" if len(plans) > 1 and stop.message else stop.message))
+    _write_json(json_path, figures if len(plans) > 1 else figures[0])
+    if ends:
+        raise Stop(min(end.code for end in ends), "; ".join(end.message for end in ends if end.message))
+
+
+def _certified(plan: Any, out: Path, level: str, resume: bool, power: reports.Strength | None) -> reports.Report:
+    """Run one plan with its progress, and write the three reports into `out`."""
+    from . import html, junit, run
+
     reports.prepare_folder(out)
     partial = out / "verdicts.jsonl"
     done = reports.load_partial(partial) if resume and partial.exists() else ()
@@ -277,8 +310,7 @@ def certify(
     reports.write_atomically(out / "report.html", html.page(result))
     partial.unlink(missing_ok=True)
     _summary(result, out)
-    _write_json(json_path, _figures(result))
-    _end(result, require_device)
+    return result
 
 
 def _strength(path: Path) -> reports.Strength:
@@ -320,6 +352,9 @@ def _end(result: reports.Report, require_device: bool) -> None:
     if failed or owed:
         raise Stop(ExitCode.FAILED, "; ".join(owed))
     whole = result.run.shard == (1, 1)
+    if whole and reports.where_executed(result.verdicts) == NEVER_EXECUTED:
+        reason = next(verdict.reason for verdict in result.verdicts)
+        raise Stop(ExitCode.NOTHING_TO_CERTIFY, f"{result.subject.name}: {reason}")
     if whole and all(verdict.status is Status.UNSUPPORTED for verdict in result.verdicts if verdict.lane != "reject"):
         raise Stop(ExitCode.NOTHING_TO_CERTIFY, "no case was judged: the backend supports none of the selected problems")
     if require_device and reports.unexecuted(result):

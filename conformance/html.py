@@ -21,7 +21,7 @@ from jinja2 import Environment, StrictUndefined
 
 from .case import Case
 from .report import AS_CONTRACT, CodeCoverage, Report, op_of, sentence, where_executed
-from .verdict import FAILING, PASSING, Status, Verdict
+from .verdict import FAILING, NEVER_EXECUTED, PASSING, Status, Verdict
 
 __all__ = ["SECTIONS", "page"]
 
@@ -305,6 +305,8 @@ def _summary(report: Report) -> str:
     failing = sum(row.failing for row in report.counts)
     where = where_executed(report.verdicts)
     if report.level_granted is None:
+        if where == NEVER_EXECUTED:
+            return f"No level is granted: {where}."
         why = f"{failing:,} of {report.totals.selected:,} verdicts fail" if failing else "see the reasons below"
         return f"No level is granted: {why}."
     told = {"executed": "Executed on the device of the target.",

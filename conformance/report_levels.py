@@ -13,7 +13,7 @@ from dataclasses import fields
 from typing import Literal
 
 from .report_records import AS_CONTRACT, JUDGED, LEVELS, Claim, Failure, Level, LevelResult, OpCounts, Totals
-from .verdict import FAILING, PASSING, Execution, Status, Verdict
+from .verdict import FAILING, NEVER_EXECUTED, PASSING, Execution, Status, Verdict
 
 __all__ = [
     "claims_of", "computed", "counted", "counts_of", "failures_of", "granted", "op_of", "power_of", "sentence", "totals_of",
@@ -184,7 +184,11 @@ def granted(
 
 
 def where_executed(verdicts: Iterable[Verdict]) -> str:
-    """Where the passing verdicts were computed: `executed`, `emulated`, `partly emulated`, or `nothing passed`."""
+    """Where the passing verdicts were computed: `executed`, `emulated`, `partly emulated`, or `nothing passed`; of a backend
+    that cannot run here `compiled, never executed on a device`."""
+    verdicts = list(verdicts)
+    if verdicts and all(verdict.execution is Execution.COMPILED for verdict in verdicts):
+        return NEVER_EXECUTED
     seen = {verdict.execution for verdict in computed(verdicts) if verdict.status in PASSING}
     if not seen:
         return "nothing passed"

@@ -21,7 +21,6 @@ from .op import DomainError, parse_problem
 from .ops import ops
 from .selection import CONTRACT, Listed, case_list, shard
 from .session import (
-    EXECUTION,
     Plan,
     Rejudged,
     Session,
@@ -36,7 +35,7 @@ from .verdict import Status, Verdict
 from .worker import Worker
 
 __all__ = [
-    "EXECUTION", "Plan", "Rejudged", "Session", "batches_of", "certify", "expectations_of", "listed_cases", "listed_of",
+    "Plan", "Rejudged", "Session", "batches_of", "certify", "expectations_of", "listed_cases", "listed_of",
     "operands_of", "products_of", "rejudge", "run_one",
 ]
 

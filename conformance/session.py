@@ -25,16 +25,14 @@ from .ops import ops
 from .patterns import draw_operands, lane_of, level_of, rows_probed
 from .selection import Listed
 from .stability import Finding, Refused
-from .verdict import PASSING, Execution, Judgement, Kernel, Status, Verdict, digest_outputs, judge_outputs
+from .verdict import NEVER_EXECUTED, PASSING, Execution, Judgement, Kernel, Status, Verdict, digest_outputs, judge_outputs
 from .worker import Ending, Fault, Outcome, Variation, Worker, WorkerError
 
 __all__ = [
-    "EXECUTION", "Plan", "Rejudged", "Session", "batches_of", "expectations_of", "listed_of", "operands_of", "products_of",
+    "Plan", "Rejudged", "Session", "batches_of", "expectations_of", "listed_of", "operands_of", "products_of",
     "rejudge",
 ]
 
-EXECUTION = {"sim": Execution.EMULATED}
-"""Targets whose verdicts are not of a device. Every other target executes where its tensors live."""
 
 _ENDINGS = {
     Ending.RAISED: Status.RAISED,
@@ -108,6 +106,7 @@ class Session:
     name: str = ""
     target: str = ""
     device: str = "host"
+    execution: Execution = Execution.EXECUTED
     describe: Mapping[str, str] = field(default_factory=dict)
     coverage: report.Coverage = field(default_factory=report.Coverage)
     declared: dict[tuple[str, str, str], str] = field(default_factory=dict)
@@ -119,6 +118,7 @@ class Session:
         """Start the backend. Raises WorkerError where it does not load."""
         hello = self.worker.hello()
         self.name, self.target, self.device, self.describe = hello["name"], hello["target"], hello["device"], hello["describe"]
+        self.execution = Execution(hello["execution"])
 
     # What the backend says of a problem ---------------------------------------------------------------------------------
 
@@ -170,7 +170,7 @@ class Session:
             item.level,
             status,
             reason,
-            execution=EXECUTION.get(self.target, Execution.EXECUTED),
+            execution=self.execution,
             source=self.plan.tensors if item.lane == "tensors" else "",
             products=products_of(op, item.case.problem) if item.lane != "reject" else 0,
         )
@@ -181,6 +181,10 @@ class Session:
     def judge(self, item: Listed, support: str | Fault | None) -> Iterator[Verdict]:
         """The verdicts of one listed case, one per tactic."""
         op = ops()[item.case.problem.op]
+        if self.execution is Execution.COMPILED:
+            reason = support if isinstance(support, str) and support.startswith(NEVER_EXECUTED) else NEVER_EXECUTED
+            yield self._verdict(item, "default", Status.UNSUPPORTED, reason)
+            return
         if item.lane == "reject":
             yield self._rejected(op, item, support)
             return

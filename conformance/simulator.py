@@ -59,6 +59,7 @@ class Simulator:
     """One datapath in a backend's clothes. Supports the GEMMs whose operands the datapath accepts."""
 
     target = "sim"
+    execution = "emulated"
 
     def __init__(self, name: str, path: Datapath, options: Mapping[str, int]) -> None:
         self.name, self._path, self._options = name, path, dict(options)

@@ -128,8 +128,8 @@ class Worker:
         self._kill()
 
     def hello(self) -> dict[str, Any]:
-        """name, target, device: str; describe: dict of str; unpack, probe, registered: bool (registered: found by entry
-        point). Raises WorkerError where the backend does not load."""
+        """name, target, device, execution: str; describe: dict of str; unpack, probe, registered: bool (registered: found by
+        entry point). Raises WorkerError where the backend does not load."""
         try:
             self._start()
         except _Gone as gone:

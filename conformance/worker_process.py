@@ -31,7 +31,7 @@ import numpy.typing as npt
 from lowbit.references.formats import UINT8, Codes, container
 
 from . import op
-from .backend import BackendError, TensorView, describe, find_backend, tactics_of
+from .backend import BackendError, TensorView, describe, execution_of, find_backend, tactics_of
 from .device import Allocation, Device, open_device
 from .memory import POISONS, Bytes, zone_pattern
 from .op import ResolvedTensor, Role
@@ -242,7 +242,7 @@ def _execute(backend: Any, device: Device, request: Mapping[str, Any]) -> dict[s
 
 def _hello(backend: Any, device: str) -> dict[str, Any]:
     return {
-        "name": str(backend.name), "target": str(backend.target), "device": device,
+        "name": str(backend.name), "target": str(backend.target), "device": device, "execution": execution_of(backend),
         "describe": {str(key): str(value) for key, value in describe(backend).items()},
         "unpack": hasattr(backend, "unpack"), "probe": hasattr(backend, "probe"),
     }

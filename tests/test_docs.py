@@ -92,4 +92,4 @@ def test_protocol_table_names_the_methods_of_the_protocol(documented: Documented
     methods = {node.name for node in written.body if isinstance(node, ast.FunctionDef)}
     required = {name for name in vars(Backend) if not name.startswith("_")} - {"name", "target"}
     assert methods == required
-    assert optional == {"describe", "tactics", "prepare", "stage", "workspace", "device"}
+    assert optional == {"describe", "tactics", "prepare", "stage", "workspace", "device", "execution"}

@@ -25,7 +25,7 @@ from lowbit.conformance.report import ReportError
 from lowbit.conformance.run import run_one
 from lowbit.conformance.simulator import simulated_program
 from lowbit.conformance.vectors import load
-from lowbit.conformance.verdict import Status
+from lowbit.conformance.verdict import Execution, Status
 from lowbit.conformance.worker import Ending, Outcome
 from lowbit.kernels.cpu import backend as cpu_backend
 from lowbit.references.datapaths import DATAPATHS
@@ -133,7 +133,7 @@ def stored(path: Path, text: str, changes: Mapping[str, Callable[[Codes], Codes]
     )
     outcome = Outcome(Ending.OK, outputs=call(case, spoiled), kernel="faulty")
     declared = CPU.declare(case.problem, "default")
-    bundles._store(path, bundles.Bundle(case, 0, "faulty", "default", declared, right, outcome, "cpu"))
+    bundles._store(path, bundles.Bundle(case, 0, "faulty", "default", declared, right, outcome, Execution.EXECUTED))
     return path
 
 

@@ -339,7 +339,8 @@ def test_a_sound_backend_is_read_back_whole_under_every_variation(
 
 def test_hello_says_what_the_backend_is(host: Worker, torch: Worker) -> None:
     assert host.hello() == {
-        "name": "fake", "target": "nowhere", "device": "host", "unpack": False, "probe": False, "registered": False,
+        "name": "fake", "target": "nowhere", "device": "host", "execution": "executed",
+        "unpack": False, "probe": False, "registered": False,
         "describe": {"compiler": "none", "omp": os.environ.get("OMP_NUM_THREADS", "")},
     }
     assert torch.hello()["device"] == "cpu"

@@ -84,6 +84,7 @@ class Misdeclared:
     """A simulator under the declaration of another one."""
 
     target = "sim"
+    execution = "emulated"
 
     def __init__(self, name: str, runs: str, says: str) -> None:
         self.name, self._runs, self._says = name, simulator(runs), simulator(says)
