@@ -13,7 +13,7 @@ from dataclasses import replace
 from typing import Any
 
 from lowbit.references.datapaths import DATAPATHS, Datapath
-from lowbit.references.declarations import Claim, Contraction, Declaration, Join, Step, cast
+from lowbit.references.declarations import Claim, Contraction, Declaration, Join, Start, Step, cast
 from lowbit.references.dot import Operand
 from lowbit.references.formats import BF16, F32, F64, Format, container
 from lowbit.references.interpret import emulate
@@ -26,6 +26,10 @@ from .ops import ops
 from .patterns import draw_operands
 
 __all__ = ["Simulator", "backend", "simulated_program"]
+
+_SAME_ACCUMULATOR = {"blackwell_nvfp4": {"f16": "blackwell_f16", "bf16": "blackwell_bf16"}}
+"""Datapath of a main product -> datapath of the low-rank product, by the format of its operands, on chips where one kernel issues
+both into one accumulator: tcgen05.mma of kind mxf4nvf4, then of kind f16."""
 
 
 def _joined(step: Step) -> Step:
@@ -49,6 +53,9 @@ def simulated_program(
             steps = (cast(F32), *steps)
         if number == 0:
             item = replace(item, splits=splits, conversion=conversion, segment=item.segment or segment)
+        elif path.name in _SAME_ACCUMULATOR:
+            second = DATAPATHS[_SAME_ACCUMULATOR[path.name][problem.option("out")]]
+            item = replace(item, datapath=second, start=Start.PREVIOUS)
         items.append(replace(item, steps=steps))
         if path.output is F64 and number == 0 and not steps:
             items.append(cast(F32))
