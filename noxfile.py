@@ -24,11 +24,12 @@ nox.options.sessions = ["lint", "typecheck", "tests"]
 ROOMS = ("references", "conformance", "kernels", "golden")
 TARGETS = {  # target -> extras that its backends need in this release
     "cpu": "[fast]",
-    "cuda": "",
+    "cuda": "[blackwell]",
     "ascend": "",
     "rocm": "",
     "xpu": "",
 }
+NVIDIA = Path("/proc/driver/nvidia/gpus")  # where the driver lists its devices; without one there is nothing to compile for
 TORCH = "torch==2.13.0"  # twins are compared bit for bit with one version
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 ENVIRONMENT = {
@@ -62,8 +63,9 @@ def uv_environment() -> dict[str, str]:
     return {name: value for name, value in translated.items() if value and name not in os.environ}
 
 
-def install(session: nox.Session, *requirements: str) -> None:
-    """Install into the environment of the session; without one (`--no-venv`) what is installed is used."""
+def install(session: nox.Session, *requirements: str, device: bool = False) -> None:
+    """Install into the environment of the session; without one (`--no-venv`) what is installed is used. `device`: take the build
+    of torch that fits the driver of this machine."""
     if not session.virtualenv.is_sandboxed:
         return
     if session.venv_backend != "uv":
@@ -71,7 +73,7 @@ def install(session: nox.Session, *requirements: str) -> None:
     shutil.rmtree("build", ignore_errors=True)  # setuptools copies what it finds there into the wheel, deleted modules too
     session.run_install(
         "uv", "pip", "install", "--python", session.virtualenv.location, "--reinstall-package=lowbit", *requirements,
-        env=uv_environment(), silent=True, external=True,
+        env=uv_environment() | ({"UV_TORCH_BACKEND": "auto"} if device else {}), silent=True, external=True,
     )
     shutil.rmtree("build", ignore_errors=True)
 
@@ -85,7 +87,8 @@ def run(session: nox.Session, program: str, *arguments: str) -> None:
 def certify(session: nox.Session) -> None:
     """Certify every backend of the target that the session is named after; the report goes to reports/TARGET."""
     target = session.name
-    install(session, f".{TARGETS[target]}")
+    device = target == "cuda" and NVIDIA.is_dir()
+    install(session, f".{TARGETS[target]}" if device or target != "cuda" else ".", device=device)
     selection = [target] if target == "cpu" else ["--target", target]
     run(session, "lowbit", "certify", *selection, "--level", "L2", "--out", f"reports/{target}", *session.posargs)
 
@@ -104,8 +107,13 @@ def cuda(session: nox.Session) -> None:
 
 @nox.session
 def ascend(session: nox.Session) -> None:
-    """Certify the Ascend backends, or say in one sentence what is missing."""
-    certify(session)
+    """Certify the AscendC kernels on an NPU; without one under emulation, and print what that leaves to be shown on silicon."""
+    install(session, f".{TARGETS['ascend']}")
+    run(session, "python", "-m", "lowbit.kernels.ascend", "--build")  # no case then waits for a compiler
+    ops = "gemm_int4,int4_quantize,svdquant_quantize,int4_pack"
+    options = ("--level", "L2", "--ops", ops, "--per-op", "400", "--out", "reports/ascend")
+    run(session, "lowbit", "certify", "--target", "ascend", *options, *session.posargs)
+    run(session, "python", "-m", "lowbit.kernels.ascend")
 
 
 @nox.session
@@ -118,6 +126,14 @@ def rocm(session: nox.Session) -> None:
 def xpu(session: nox.Session) -> None:
     """Certify the Intel GPU backends, or say in one sentence what is missing."""
     certify(session)
+
+
+@nox.session
+def blackwell(session: nox.Session) -> None:
+    """Compile the Blackwell kernels for chips that need not be present, and assert on the instructions that came out."""
+    tools = ("nvidia-cuda-nvdisasm>=13", "nvidia-cuda-cuobjdump>=13", "triton==3.9.0", "pytest>=8.2")
+    install(session, ".[blackwell]", TORCH, *tools)
+    run(session, "pytest", "tests/blackwell/check_cute.py", "tests/blackwell/check_triton.py", *session.posargs)
 
 
 @nox.session

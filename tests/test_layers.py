@@ -45,7 +45,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("lowbit.conformance.session",),
     ("lowbit.conformance.run",),
     (
-        "lowbit.conformance.bench", "lowbit.conformance.bundle", "lowbit.conformance.evals", "lowbit.conformance.explain",
+        "lowbit.conformance.bench", "lowbit.conformance.bundle", "lowbit.conformance.evals",
+        "lowbit.conformance.evals.*", "lowbit.conformance.explain",
         "lowbit.conformance.html", "lowbit.conformance.junit", "lowbit.conformance.mutants", "lowbit.conformance.plugin",
         "lowbit.conformance.reduce", "lowbit.conformance.strategies", "lowbit.conformance.survey",
         "lowbit.golden", "lowbit.golden.*",
@@ -61,7 +62,9 @@ KERNELS_MAY_IMPORT = ("lowbit.conformance.backend", *KERNELS)
 # ml_dtypes, gfloat and scipy are witnesses of the tests and therefore absent; see TIMED for the one exception.
 THIRD_PARTY: dict[str, tuple[str, ...]] = {
     "numpy": ("lowbit.*",),
-    "torch": ("lowbit.references.torch_*", "lowbit.conformance.device", *KERNELS),  # device: memory of accelerators, no numbers
+    "torch": (  # device: memory of accelerators, no numbers
+        "lowbit.references.torch_*", "lowbit.conformance.device", "lowbit.conformance.evals.*", *KERNELS,
+    ),
     "numba": ("lowbit.references.numba_*", *KERNELS),
     "jinja2": ("lowbit.conformance.*",),
     "pydantic": ("lowbit.conformance.*",),
@@ -70,6 +73,12 @@ THIRD_PARTY: dict[str, tuple[str, ...]] = {
     "typer": ("lowbit.conformance.*",),
     "hypothesis": ("lowbit.conformance.plugin", "lowbit.conformance.strategies", "lowbit.conformance.suite.*"),
     "pytest": ("lowbit.conformance.plugin", "lowbit.conformance.suite.*"),
+    "scipy": ("lowbit.conformance.evals.*",),
+    "tokenizers": ("lowbit.conformance.evals.*",),
+    "transformers": ("lowbit.conformance.evals.*",),
+    "cutlass": ("lowbit.kernels.blackwell_room.*",),
+    "cuda": ("lowbit.kernels.blackwell_room.*",),
+    "triton": KERNELS,
     "compressed_tensors": KERNELS,
     "modelopt": KERNELS,
     "onnx": KERNELS,
@@ -237,7 +246,9 @@ def test_third_party_packages_are_declared() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     extras = (text for name, texts in project["optional-dependencies"].items() if name != "test" for text in texts)
     declared = {text.replace("nvidia-", "").replace("-", "_") for text in (*project["dependencies"], *extras)}
-    assert {name for name in THIRD_PARTY if not any(text.startswith((f"{name}>", f"{name}=")) for text in declared)} == set()
+    imported = {"cutlass": "cutlass_dsl", "cuda": "cuda_bindings"}  # import name -> distribution, where they differ
+    names = {imported.get(name, name) for name in THIRD_PARTY}
+    assert {name for name in names if not any(text.startswith((f"{name}>", f"{name}=")) for text in declared)} == set()
 
 
 @pytest.mark.parametrize("path", [*MODULES.values(), *sorted(Path(__file__).parent.rglob("*.py")), ROOT / "noxfile.py"],
