@@ -16,6 +16,7 @@ import sys
 from pathlib import Path
 
 import nox
+from nox.command import CommandFailed
 
 nox.needs_version = ">=2024.10.9"
 nox.options.default_venv_backend = "uv|virtualenv"
@@ -31,6 +32,8 @@ TARGETS = {  # target -> extras that its backends need in this release
 }
 NVIDIA = Path("/proc/driver/nvidia/gpus")  # where the driver lists its devices; without one there is nothing to compile for
 TORCH = "torch==2.13.0"  # twins are compared bit for bit with one version
+TRITON = "triton==3.9.0"  # the interpreter and the compilers of one version
+LOWERING = ("triton-ascend==3.2.0", "ascendnpu-ir==1.2.0", "pybind11")  # the first installs a package named triton
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 ENVIRONMENT = {
     "PYTHONSAFEPATH": "1",  # the checkout holds a folder `kernels`: it must not become importable
@@ -131,9 +134,27 @@ def xpu(session: nox.Session) -> None:
 @nox.session
 def blackwell(session: nox.Session) -> None:
     """Compile the Blackwell kernels for chips that need not be present, and assert on the instructions that came out."""
-    tools = ("nvidia-cuda-nvdisasm>=13", "nvidia-cuda-cuobjdump>=13", "triton==3.9.0", "pytest>=8.2")
+    tools = ("nvidia-cuda-nvdisasm>=13", "nvidia-cuda-cuobjdump>=13", TRITON, "pytest>=8.2")
     install(session, ".[blackwell]", TORCH, *tools)
     run(session, "pytest", "tests/blackwell/check_cute.py", "tests/blackwell/check_triton.py", *session.posargs)
+
+
+@nox.session
+def triton(session: nox.Session) -> None:
+    """The Triton int4 kernels in the CPU interpreter, judged by the suite, and compiled for GPUs that need not be present."""
+    install(session, ".[test]", TORCH, TRITON)
+    run(session, "pytest", "tests/ascend_lowering/check_interpreted.py", *session.posargs)
+
+
+@nox.session(python="3.11")  # the last for which triton-ascend 3.2.0 has a wheel
+def ascend_lowering(session: nox.Session) -> None:
+    """The Triton int4 kernels lowered to HIVM for Ascend 910B, the cube operation asserted; nothing is executed."""
+    install(session, ".", "pytest>=8.2")
+    try:
+        install(session, *LOWERING)
+    except CommandFailed:
+        session.skip(f"{', '.join(LOWERING)} cannot be installed here, so nothing was lowered for Ascend.")
+    run(session, "pytest", "tests/ascend_lowering/check_lowering.py", *session.posargs)
 
 
 @nox.session
