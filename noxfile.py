@@ -140,6 +140,14 @@ def blackwell(session: nox.Session) -> None:
 
 
 @nox.session
+def probes(session: nox.Session) -> None:
+    """Compile the Hopper probes and emulators with nvcc, and assert on the opcodes that came out."""
+    install(session, ".[torch]", TORCH, TRITON)
+    program = Path(session.bin) / "python" if session.virtualenv.is_sandboxed else Path(sys.executable)
+    session.run(str(program), "tests/device/run_probes.py", "--compile", env=ENVIRONMENT | {"PYTHONPATH": "tests/device"})
+
+
+@nox.session
 def triton(session: nox.Session) -> None:
     """The Triton int4 kernels in the CPU interpreter, judged by the suite, and compiled for GPUs that need not be present."""
     install(session, ".[test]", TORCH, TRITON)

@@ -2,7 +2,8 @@
 
     python -m lowbit.conformance.bench [--json FILE]
 
-Every figure is the median of several runs in this process; ml_dtypes is timed beside our codecs where it is installed.
+Every figure is the median of several runs in this process; ml_dtypes is timed beside our codecs and mmasim beside our emulation
+where they are installed, and no number comes from either.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import shutil
 import statistics
 import time
 from collections.abc import Callable
@@ -18,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from lowbit.references import numba_dot, numba_twin
+from lowbit.references import cuda_dot, numba_dot, numba_twin
 from lowbit.references.datapaths import DATAPATHS
 from lowbit.references.declarations import Claim, Contraction, Declaration, Order
 from lowbit.references.dot import Operand, running_bound
@@ -96,6 +98,30 @@ def _emulation() -> list[dict[str, Any]]:
     return rows
 
 
+def _cpu_ns(function: Callable[[], Any], products: int) -> float:
+    """CPU nanoseconds per product of the second call, all threads together: wall time depends on who else uses the machine."""
+    function()
+    begin = time.process_time()
+    function()
+    return (time.process_time() - begin) / products * 1e9
+
+
+def _witness() -> list[dict[str, Any]]:
+    """CPU time per product of Hopper's fp8 chain: our two compiled emulators, and mmasim where it is installed."""
+    m, n, k, path = 128, 128, 512, DATAPATHS["hopper_wgmma_fp8"]
+    a, w = (Operand(encode(Stream("bench mmasim", side).normal((m, k)), E4M3FN), E4M3FN) for side in ("a", "w"))
+    row: dict[str, Any] = {"datapath": path.name, "products": m * n * k}
+    row["numba"] = _cpu_ns(lambda: numba_dot.dot_emulated_compiled(a, w, path), m * n * k)
+    if shutil.which("g++"):
+        row["host_c++"] = _cpu_ns(lambda: cuda_dot.dot_emulated_host(a, w, path, threads=1), m * n * k)
+    if importlib.util.find_spec("mmasim") and importlib.util.find_spec("torch"):
+        torch, fdpa = importlib.import_module("torch"), importlib.import_module("mmasim.arithmetic.fdpa")
+        unit = fdpa.MMA_T_FDPA(path.fraction_bits, "RZ-E8M13", path.products, path.zero_exponent, "e4m3", "e4m3")
+        left, right = (torch.from_numpy(op.codes).view(torch.float8_e4m3fn) for op in (a, w))
+        row["mmasim"] = _cpu_ns(lambda: unit(left, right.T, torch.zeros(m, n)), m * n * k)
+    return [row]
+
+
 _PATHS = {
     "gemm_w4a16": "hopper_bf16",
     "gemm_w8a8_fp8": "hopper_wgmma_fp8",
@@ -138,6 +164,7 @@ def main() -> None:
     data = {
         "codecs": _codecs(arguments.elements),
         "emulation": _emulation(),
+        "cpu_ns_per_product": _witness(),
         "judge": [_judge(op) for op in ops().values() if op.is_gemm],
     }
     for row in data["codecs"]:
@@ -149,6 +176,9 @@ def main() -> None:
         print(
             f"{row['datapath']}: emulated {row['emulate_ns_per_product']:.1f}, bound {row['bound_ns_per_product']:.1f} ns/product"
         )
+    for row in data["cpu_ns_per_product"]:
+        figures = ", ".join(f"{name} {row[name]:.1f}" for name in ("numba", "host_c++", "mmasim") if name in row)
+        print(f"{row['datapath']}: {figures} ns of CPU time per product")
     for row in data["judge"]:
         print(f"{row['case']} under {row['datapath']}: judged in {row['seconds']:.2f} s")
     if arguments.json:

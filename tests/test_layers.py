@@ -63,7 +63,8 @@ KERNELS_MAY_IMPORT = ("lowbit.conformance.backend", *KERNELS)
 THIRD_PARTY: dict[str, tuple[str, ...]] = {
     "numpy": ("lowbit.*",),
     "torch": (  # device: memory of accelerators, no numbers
-        "lowbit.references.torch_*", "lowbit.conformance.device", "lowbit.conformance.evals.*", *KERNELS,
+        "lowbit.references.torch_*", "lowbit.references.cuda_*", "lowbit.conformance.device", "lowbit.conformance.evals.*",
+        *KERNELS,
     ),
     "numba": ("lowbit.references.numba_*", *KERNELS),
     "jinja2": ("lowbit.conformance.*",),
@@ -87,7 +88,7 @@ THIRD_PARTY: dict[str, tuple[str, ...]] = {
 }
 
 # What is timed beside our own code where it happens to be installed: no number comes from it, and nothing depends on it.
-TIMED: dict[str, tuple[str, ...]] = {"ml_dtypes": ("lowbit.conformance.bench",)}
+TIMED: dict[str, tuple[str, ...]] = {name: ("lowbit.conformance.bench",) for name in ("ml_dtypes", "mmasim", "torch")}
 
 SAYS_NOTHING = {"utils", "util", "helpers", "helper", "common", "managers", "manager", "misc", "core", "base"}
 TOLERANCES = {"rtol", "atol", "rel_tol", "abs_tol", "allclose", "isclose", "approx", "assert_allclose", "assert_close",

@@ -194,5 +194,5 @@ def test_sessions_named_in_the_documentation_exist() -> None:
     assert {"cpu", "tests"} <= named <= sessions
     assert sessions == {
         "cpu", "cuda", "ascend", "rocm", "xpu", "tests", "lint", "typecheck", "golden", "mutants", "bench", "blackwell", "triton",
-        "ascend_lowering",
+        "probes", "ascend_lowering",
     }
