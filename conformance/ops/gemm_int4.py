@@ -94,6 +94,9 @@ OP = Op(
         "gemm_int4/f32/m64n128k128r32/f16.lora/normal/s1",
         "gemm_int4/half/m17n64k4160r16/bf16.lora.bias/normal/s1",
         "gemm_int4/f32/m0n64k64r0/f16/normal/s1",
+        "gemm_int4/f32/m17n24k15360r128/f16.lora.bias/normal/s1",
+        "gemm_int4/f32/m5n136k15360r0/f16/extremes/s1",
+        "gemm_int4/f32/m33n40k128r256/f16.lora.bias/zeros/s1",
     ),
     rejects=(
         ("gemm_int4/f32/m4n64k96r0/f16", "INT-1"),
