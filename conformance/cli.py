@@ -27,6 +27,7 @@ from rich.text import Text
 
 from . import report as reports
 from . import waivers as waivers_room
+from .audit_table import headline
 from .backend import EXECUTIONS, BackendError, backend_names, execution_of, find_backend
 from .exit_codes import ExitCode
 from .op import DomainError
@@ -339,6 +340,8 @@ def _summary(result: reports.Report, out: Path) -> None:
     _out.print(f"{result.subject.name}: {granted} granted, contract {result.contract}, {where}", markup=False)
     cases, products = result.totals.cases, result.coverage.products
     _out.print(f"  {counts}; {cases:,} cases, {products:,} products, {seconds:,.0f} s", markup=False)
+    if result.audits:
+        _out.print(f"  accumulators: {headline(result.audits)}", markup=False)
     for row in result.levels:
         if row.outcome == "refused":
             for reason in row.reasons[:8]:
@@ -512,6 +515,24 @@ def merge(
 
 
 @app.command()
+def audit(
+    backend: Annotated[str, typer.Argument(help="Backend: NAME, NAME:ARGUMENT or python:FILE.py:ATTRIBUTE.")],
+    ops_: Annotated[str, typer.Option("--ops", help="Only these ops, comma separated.")] = "",
+    timeout: Annotated[float, typer.Option(help="Seconds a probe may take.")] = 60.0, json_path: JsonOption = None,
+) -> None:
+    """Probe the accumulators of a backend: fingerprint, and whether its declarations are true."""
+    from . import audit as room
+
+    found = room.audit(backend, tuple(name for name in ops_.split(",") if name), timeout=timeout, on_step=_told)
+    _out.print(room.to_text(found), markup=False)
+    _write_json(json_path, room.to_data(found))
+    if found.refuted:
+        raise Stop(ExitCode.FAILED)
+    if not found.findings:
+        raise Stop(ExitCode.NOTHING_TO_CERTIFY, "the backend supports none of the products that are probed")
+
+
+@app.command()
 def mutants(
     backend: Annotated[str, typer.Argument(help="The backend whose faulty copies are judged; only cpu has a gallery.")] = "cpu",
     only: Annotated[str, typer.Option(help="Only these mutants or variants, comma separated.")] = "",
@@ -525,6 +546,34 @@ def mutants(
     _write_json(json_path, room.to_data(found))
     if not room.sound(found):
         raise Stop(ExitCode.FAILED, "a mutant survived, a variant was accused, or a lane kills nothing alone")
+
+
+# models --------------------------------------------------------------------------------------------------------------
+
+
+@app.command()
+def convert(
+    source: Annotated[Path, typer.Argument(help="Folder of a W4A16 checkpoint (compressed-tensors, pack-quantized).")],
+    target: Annotated[Path, typer.Argument(help="New folder for the W4A8-fp8 checkpoint.")],
+    json_path: JsonOption = None,
+) -> None:
+    """Derive a W4A8-fp8 checkpoint from a W4A16 one, on identical codes."""
+    try:
+        from .evals import convert as room
+    except ImportError as error:
+        raise Stop(ExitCode.USAGE, f"convert needs torch, which is not installed ({error}); install lowbit[torch]") from error
+    try:
+        found = room.convert(source, target, told=_told)
+    except OSError as error:
+        said = str(error) if target.exists() else f"{target} cannot be written: {error}"
+        raise Stop(ExitCode.NOT_WRITABLE, said) from error
+    except (room.CheckpointError, room.SchemeError) as error:
+        raise Stop(ExitCode.BAD_INPUT, str(error)) from error
+    _out.print(f"{found.layers:,} layers, {found.scales:,} group scales; every code is kept", markup=False)
+    lost = f"{found.zeroed:,} scales become 0, the others change by at most {found.worst:.3g} of their value"
+    _out.print(f"folded into e4m3 by a kernel: {lost}", markup=False)
+    _out.print(f"written: {target}", markup=False)
+    _write_json(json_path, asdict(found))
 
 
 # the door ------------------------------------------------------------------------------------------------------------

@@ -19,8 +19,10 @@ from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 
+from .audit_readings import FIELDS
+from .audit_table import HEADS, headline, name_of, row_of, unread
 from .case import Case
-from .report import AS_CONTRACT, CodeCoverage, Report, op_of, sentence, where_executed
+from .report import AS_CONTRACT, CONSISTENT, REFUTED, CodeCoverage, Report, op_of, sentence, where_executed
 from .verdict import FAILING, NEVER_EXECUTED, PASSING, Status, Verdict
 
 __all__ = ["SECTIONS", "page"]
@@ -28,7 +30,7 @@ __all__ = ["SECTIONS", "page"]
 SECTIONS = (
     ("certificate", "Certificate"), ("failures", "Failures"), ("why", "Levels"), ("grid", "Verdicts"), ("executed", "Executed"),
     ("share", "Bound"), ("ulps", "ULPs"), ("heat", "Heat map"), ("power", "Power"), ("coverage", "Coverage"),
-    ("mutants", "Mutants"), ("claims", "Claims"), ("declarations", "Declarations"), ("waivers", "Waivers"),
+    ("mutants", "Mutants"), ("claims", "Claims"), ("audit", "Audit"), ("declarations", "Declarations"), ("waivers", "Waivers"),
     ("environment", "Environment"), ("cases", "All cases"),
 )
 """Ids and titles of the sections, in their order. All are always there; an empty one says so in a sentence."""
@@ -300,6 +302,15 @@ def _case_rows(verdicts: Iterable[Verdict]) -> list[tuple[Any, ...]]:
     ]
 
 
+def _audits(report: Report) -> list[dict[str, Any]]:
+    """Findings of the probes, those that are not consistent first."""
+    kinds = {REFUTED: "fail", CONSISTENT: "pass"}
+    rows = [
+        {"name": name_of(row), "kind": kinds.get(row.standing, "near"), "cells": row_of(row), "row": row} for row in report.audits
+    ]
+    return sorted(rows, key=lambda row: ("fail", "near", "pass").index(row["kind"]))
+
+
 def _summary(report: Report) -> str:
     """The outcome in a sentence."""
     failing = sum(row.failing for row in report.counts)
@@ -316,7 +327,8 @@ def _summary(report: Report) -> str:
     below = "" if report.level_granted == report.level_requested else f", below the requested L{report.level_requested}"
     waived = report.totals.statuses[str(Status.WAIVED)]
     excused = f" {waived:,} failing verdict{' is' if waived == 1 else 's are'} waived." if waived else ""
-    return f"L{level.level} “{level.name}” is granted {level.reasons[0]}{below}. {told.get(where, '')}{excused}"
+    audited = f" Accumulators {headline(report.audits)}." if report.audits else ""
+    return f"L{level.level} “{level.name}” is granted {level.reasons[0]}{below}. {told.get(where, '')}{excused}{audited}"
 
 
 def page(report: Report) -> str:
@@ -335,5 +347,6 @@ def page(report: Report) -> str:
         code_maps=_code_maps(report.coverage.codes), code_rows=_code_rows(report.coverage.codes), residues=residues,
         residue_rows=residue_rows, mutants=_mutants(report), waivers=_waivers(report), reasons_shown=_REASONS_SHOWN,
         cases=_case_rows(report.verdicts), as_contract=AS_CONTRACT, size=_bytes, time=_time, duration=_duration, number=_number,
-        failing_statuses=sorted(map(str, FAILING)), passing_statuses=sorted(map(str, PASSING)),
+        audits=_audits(report), audit_heads=[HEADS[name] for name in FIELDS], unread=unread(report.audits),
+        told=headline(report.audits), failing_statuses=sorted(map(str, FAILING)), passing_statuses=sorted(map(str, PASSING)),
     )

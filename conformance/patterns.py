@@ -19,6 +19,7 @@ from lowbit.references.formats import F32, UINT4, Codes, Format, Kind, Nan, Real
 from lowbit.references.interpret import Factor
 from lowbit.references.rounding import encode
 
+from .audit_probes import PATTERNS as AUDITS
 from .case import Case, Operands, Stream, Tensor
 from .op import DomainError, Family, Op, ResolvedTensor, Role, tensors_of
 
@@ -29,13 +30,13 @@ EXACT_WIDTHS = {"exactw8": 8, "exactw11": 11, "exactw14": 14, "exactw24": 24}
 
 LANES = {
     **dict.fromkeys(EXACT_WIDTHS, "exact"), "onehot": "onehot", "scaleprobe": "scale", "golden": "golden", "all": "encoding",
-    "tensors": "tensors",
+    "tensors": "tensors", **dict.fromkeys(AUDITS, "audit"),
 }
 """Lane of each pattern; patterns not named here belong to the lane of their op (`bounded`, `encoding`, `quantiser`)."""
 
 _LEVELS = {
     "reject": 2, "exact": 1, "onehot": 1, "scale": 1, "golden": 1, "encoding": 1, "quantiser": 1, "bounded": 2, "property": 2,
-    "tensors": 2, "stability": 3,
+    "tensors": 2, "audit": 2, "stability": 3,
 }
 
 

@@ -14,9 +14,13 @@ from .report_files import append_verdict, load, load_partial, prepare_folder, wr
 from .report_levels import granted, op_of, power_of, sentence, where_executed
 from .report_records import (
     AS_CONTRACT,
+    CONSISTENT,
+    FINER,
     JUDGED,
     LEVELS,
+    REFUTED,
     SCHEMA,
+    Audited,
     Claim,
     CodeCoverage,
     CoverageRecord,
@@ -51,10 +55,10 @@ from .report_schema import (
 )
 
 __all__ = [
-    "AS_CONTRACT", "JUDGED", "LEVELS", "SCHEMA", "Change", "Claim", "CodeCoverage", "Coverage", "CoverageRecord",
-    "Declared", "Failure", "Host", "Level", "LevelResult", "Manifest", "MergeError", "OpCounts", "OutputError", "Report",
-    "ReportError", "Run", "Strength", "Subject", "Totals", "append_verdict", "build", "canonical", "digest_of", "diff",
-    "from_json", "granted", "host", "load", "load_partial", "manifest_of", "merge", "op_of", "power_of", "prepare_folder",
-    "schema_json", "sentence", "suite_version", "to_json", "unexecuted", "verdict_json", "verify", "where_executed",
-    "write_atomically", "write_bytes_atomically",
+    "AS_CONTRACT", "CONSISTENT", "FINER", "JUDGED", "LEVELS", "REFUTED", "SCHEMA", "Audited", "Change", "Claim",
+    "CodeCoverage", "Coverage", "CoverageRecord", "Declared", "Failure", "Host", "Level", "LevelResult", "Manifest",
+    "MergeError", "OpCounts", "OutputError", "Report", "ReportError", "Run", "Strength", "Subject", "Totals",
+    "append_verdict", "build", "canonical", "digest_of", "diff", "from_json", "granted", "host", "load", "load_partial",
+    "manifest_of", "merge", "op_of", "power_of", "prepare_folder", "schema_json", "sentence", "suite_version", "to_json",
+    "unexecuted", "verdict_json", "verify", "where_executed", "write_atomically", "write_bytes_atomically",
 ]

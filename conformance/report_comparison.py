@@ -103,7 +103,8 @@ def merge(reports: Sequence[Report]) -> Report:
         subject=Subject(subject.name, subject.reference, subject.target, _told([r.subject.describe for r in ordered])),
         verdicts=[verdict for report in reports for verdict in report.verdicts],
         declarations=[Declared(op, tuple(sorted(tactics)), text) for (op, text), tactics in sorted(declared.items())],
-        waivers=waivers, strength=next((r.strength for r in ordered if r.strength is not None), None),
+        audits=[row for report in reports for row in report.audits], waivers=waivers,
+        strength=next((r.strength for r in ordered if r.strength is not None), None),
         peak_bytes=max(report.peak_bytes for report in reports), suite=first.suite,
     )
 

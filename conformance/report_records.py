@@ -13,12 +13,12 @@ from typing import Literal
 from .verdict import PASSING, Status
 
 __all__ = [
-    "AS_CONTRACT", "JUDGED", "LEVELS", "LEVEL_OF_LANE", "SCHEMA", "Claim", "CodeCoverage", "CoverageRecord", "Declared",
-    "Failure", "Host", "Level", "LevelResult", "Manifest", "MergeError", "OpCounts", "OutputError", "ReportError", "Run",
-    "Strength", "Subject", "Totals",
+    "AS_CONTRACT", "CONSISTENT", "FINER", "JUDGED", "LEVELS", "LEVEL_OF_LANE", "REFUTED", "SCHEMA", "Audited", "Claim",
+    "CodeCoverage", "CoverageRecord", "Declared", "Failure", "Host", "Level", "LevelResult", "Manifest", "MergeError",
+    "OpCounts", "OutputError", "ReportError", "Run", "Standing", "Strength", "Subject", "Totals",
 ]
 
-SCHEMA = "lowbit-report/1"
+SCHEMA = "lowbit-report/2"
 """Name and version of the report's schema; a change that a reader could trip over raises the number."""
 
 AS_CONTRACT = "as the contract"
@@ -58,7 +58,7 @@ LEVELS = (
     Level(1, "exact", "encodings, quantisers, golden vectors and constructed inputs agree bit for bit",
           ("encoding", "quantiser", "golden", "exact", "onehot", "scale"), gemms=("exact", "onehot")),
     Level(2, "bounded", "every output lies in the interval derived from the declaration, and the faults looked for would show",
-          ("bounded", "property", "reject", "tensors"), gemms=("bounded",)),
+          ("bounded", "audit", "property", "reject", "tensors"), gemms=("bounded", "audit")),
     Level(3, "stable", "repeats, poisons, placement, streams and sequences change nothing", ("stability",),
           every_op=("stability",)),
     Level(4, "serves", "end-to-end evaluation against the reference arithmetic", ()),
@@ -142,6 +142,29 @@ class Declared:
     op: str
     tactics: tuple[str, ...]
     text: str
+
+
+Standing = Literal["consistent", "refuted", "finer than declared"]
+"""What an audit says of a declaration."""
+
+CONSISTENT: Standing = "consistent"
+REFUTED: Standing = "refuted"
+FINER: Standing = "finer than declared"
+
+
+@dataclass(frozen=True, slots=True)
+class Audited:
+    """What the probes of one accumulator say of its declaration. `problem`: the first probed one, which stands for its op,
+    variant and formats. `said`: what is finer, or what refutes it. `counterexample`: the case that refutes it, else
+    empty. `readings`: name -> what was read, as text (`not identifiable: ...` where the operands cannot show it)."""
+
+    problem: str
+    tactic: str
+    standing: Standing
+    said: str
+    counterexample: str
+    declared: str
+    readings: Mapping[str, str]
 
 
 @dataclass(frozen=True, slots=True)

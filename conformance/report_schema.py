@@ -30,7 +30,9 @@ from .report_coverage import coverage_of
 from .report_levels import claims_of, counted, counts_of, failures_of, granted, power_of, totals_of
 from .report_records import (
     LEVEL_OF_LANE,
+    REFUTED,
     SCHEMA,
+    Audited,
     Claim,
     CodeCoverage,
     CoverageRecord,
@@ -60,7 +62,7 @@ class Report:
     """All that is said of one run. Made by `build`, `merge` or `from_json`; raises ReportError where a part does not
     follow from the verdicts."""
 
-    schema: Literal["lowbit-report/1"]
+    schema: Literal["lowbit-report/2"]
     suite: str  # CalVer of the distribution
     contract: str  # version of docs/contract.md
     subject: Subject
@@ -76,6 +78,7 @@ class Report:
     power: Mapping[str, Mapping[str, int]]  # op -> fault class -> passing verdicts that would have shown it
     coverage: CoverageRecord
     declarations: tuple[Declared, ...]
+    audits: tuple[Audited, ...]
     waivers: tuple[Waiver, ...]
     strength: Strength | None
     peak_bytes: int  # largest resident memory of the judging process; 0: not measured
@@ -146,6 +149,30 @@ def _faults_of_verdict(verdict: Verdict) -> list[str]:
     return faults
 
 
+def _group_of(case: str, tactic: str) -> tuple[str, str, str, str]:
+    """(op, variant, options, tactic): what one audit is of."""
+    op, variant, _, options, *_ = case.split("/")
+    return op, variant, options, tactic
+
+
+def _faults_of_audits(report: Report) -> list[str]:
+    """Findings that do not follow from the verdicts of the probes."""
+    probes = [verdict for verdict in report.verdicts if verdict.lane == "audit"]
+    groups: dict[tuple[str, str, str, str], list[Verdict]] = {}
+    for verdict in probes:
+        groups.setdefault(_group_of(verdict.case, verdict.tactic), []).append(verdict)
+    faults = []
+    keys = [_group_of(row.problem, row.tactic) for row in report.audits]
+    faults += [f"{'/'.join(key)}: audited twice" for key, count in Counter(keys).items() if count > 1]
+    for row, key in zip(report.audits, keys, strict=True):
+        failed = {verdict.case for verdict in groups.get(key, ()) if verdict.status not in PASSING}
+        if key not in groups:
+            faults.append(f"{row.problem} [{row.tactic}]: a finding without a probe")
+        elif (row.standing == REFUTED) != bool(failed) or row.counterexample not in (failed or {""}):
+            faults.append(f"{row.problem} [{row.tactic}]: {row.standing} does not follow from the verdicts of its probes")
+    return faults
+
+
 def _faults(report: Report) -> list[str]:
     """Why a report does not follow from its verdicts; empty if it does."""
     faults = [fault for verdict in report.verdicts for fault in _faults_of_verdict(verdict)]
@@ -161,6 +188,7 @@ def _faults(report: Report) -> list[str]:
     strange = sorted({verdict.case for verdict in report.verdicts} - set(report.manifest.cases))
     if strange:
         faults.append(f"{counted(len(strange), 'judged case')} not in the manifest, the first {strange[0]}")
+    faults += _faults_of_audits(report)
     for name, value in _derived(
         report.verdicts, report.manifest, report.run, report.level_requested, report.coverage.codes,
     ).items():
@@ -189,11 +217,12 @@ def host() -> Host:
 
 def build(
     *, contract: str, subject: Subject, run: Run, cases: Iterable[str], verdicts: Iterable[Verdict], requested: int,
-    codes: tuple[CodeCoverage, ...] = (), declarations: Iterable[Declared] = (), waivers: Sequence[Waiver] = (),
-    strength: Strength | None = None, peak_bytes: int = 0, suite: str = "",
+    codes: tuple[CodeCoverage, ...] = (), declarations: Iterable[Declared] = (), audits: Iterable[Audited] = (),
+    waivers: Sequence[Waiver] = (), strength: Strength | None = None, peak_bytes: int = 0, suite: str = "",
 ) -> Report:
     """The report of a run. `cases`: ids of all selected cases, of all shards. `verdicts`: of this run, in any order, after
-    `waivers.apply`. `requested`: level 0..4. `codes`: of `Coverage.codes()`. `suite`: default, the installed version.
+    `waivers.apply`. `requested`: level 0..4. `codes`: of `Coverage.codes()`. `audits`: findings of the probes, in any order.
+    `suite`: default, the installed version.
 
     Raises ReportError where the verdicts contradict each other or the manifest."""
     ordered = tuple(sorted(verdicts, key=key_of))
@@ -202,9 +231,11 @@ def build(
         raise ReportError("; ".join(faults[:20]))
     manifest = manifest_of(cases)
     declared = tuple(sorted(declarations, key=lambda row: (row.op, row.text)))
+    audited = tuple(sorted(audits, key=lambda row: (row.problem, row.tactic)))
     data = {
         "schema": SCHEMA, "suite": suite or suite_version(), "contract": contract, "subject": subject, "run": run,
-        "manifest": manifest, "level_requested": requested, "declarations": declared, "waivers": tuple(waivers),
+        "manifest": manifest, "level_requested": requested, "declarations": declared, "audits": audited,
+        "waivers": tuple(waivers),
         "strength": strength, "peak_bytes": peak_bytes, "verdicts": ordered,
         **_derived(ordered, manifest, run, requested, codes),
     }

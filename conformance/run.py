@@ -19,7 +19,7 @@ from . import properties, report, stability, tensors, vectors, waivers
 from .case import Case
 from .op import DomainError, parse_problem
 from .ops import ops
-from .selection import CONTRACT, Listed, case_list, shard
+from .selection import CONTRACT, Listed, audit_list, case_list, shard
 from .session import (
     Plan,
     Rejudged,
@@ -54,6 +54,7 @@ def listed_cases(plan: Plan) -> list[Listed]:
         op = ops()[name]
         found += case_list(op, per_op=plan.per_op)
         found += [Listed(vector.case, "golden", 1) for vector in vectors.load(name)]
+        found += audit_list(op)
         found += [Listed(case, "property", 2) for case in properties.property_cases(op)]
         found += [
             Listed(Case(parse_problem(text, ops(), check=False), "reject", number), "reject", 2)
@@ -113,6 +114,7 @@ def certify(
                 verdicts.append(verdict)
                 if on_verdict is not None:
                     on_verdict(waivers.apply([verdict], plan.waivers, started.date())[0][0])
+        audits = session.audits(verdicts)
     waived, counted = waivers.apply(verdicts, plan.waivers, started.date())
     about = dict(session.describe)
     if plan.tensors:
@@ -139,6 +141,7 @@ def certify(
         requested=plan.level,
         codes=session.coverage.codes(),
         declarations=[report.Declared(name, tuple(sorted(tactics)), text) for (name, text), tactics in sorted(texts.items())],
+        audits=audits,
         waivers=counted,
         strength=strength,
         peak_bytes=1024

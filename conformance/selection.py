@@ -13,14 +13,18 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from .audit_probes import battery, problems
 from .case import Case, Problem, Stream
 from .op import DomainError, Op, make_problem, parse_case, possible_options
 from .patterns import lane_of, level_of
 
-__all__ = ["CONTRACT", "FIXED_GROUPS", "Listed", "case_list", "manifest", "shard"]
+__all__ = ["CONTRACT", "FIXED_GROUPS", "Listed", "audit_list", "case_list", "manifest", "shard"]
 
-CONTRACT = "1.0"
+CONTRACT = "1.1"
 """Version of the contract. The lanes of each level are frozen per version."""
+
+_DRAWN = "1.0"
+"""Version of the contract whose number keys the drawn problems; a later one that only adds lanes keeps them."""
 
 _SEEDLESS = ("golden", "tensors")
 _M = (1, 2, 3, 4, 5, 7, 8, 9, 13, 15, 16, 17, 24, 31, 32, 33, 48, 63, 64, 65, 100, 127, 128, 129, 257)
@@ -112,7 +116,7 @@ def _option_sets(op: Op, stream: Stream, fixed: Mapping[str, str]) -> dict[str, 
 def _found(op: Op, missed: Sequence[tuple[str, dict[str, str], str]]) -> Iterator[Case]:
     """Cases for what plain draws rarely hit: options drawn until some are possible, sizes rounded up to whole tiles of 128."""
     for number, (variant, fixed, pattern) in enumerate(missed):
-        stream = Stream("case list", CONTRACT, op.name, "missed", number)
+        stream = Stream("case list", _DRAWN, op.name, "missed", number)
         for attempt in range(400):
             options = _option_sets(op, stream, fixed)
             if not possible_options(op, variant, options):
@@ -158,7 +162,7 @@ def _grid(op: Op) -> Iterator[tuple[str, dict[str, str], str]]:
 
 
 def _drawn(op: Op, per_op: int) -> Iterator[Case]:
-    stream = Stream("case list", CONTRACT, op.name)
+    stream = Stream("case list", _DRAWN, op.name)
     index = 0
     missed: list[tuple[str, dict[str, str], str]] = []
     for variant, fixed, pattern in _grid(op):
@@ -202,6 +206,14 @@ def case_list(op: Op, *, per_op: int = 170) -> list[Listed]:
     return [Listed(case, lane, level_of(lane)) for case in found.values() for lane in [lane_of(op, case.pattern)]]
 
 
+def audit_list(op: Op) -> list[Listed]:
+    """The probes of an op's accumulator: a battery per variant and choice of formats. Empty for ops that sum nothing."""
+    return [
+        Listed(case, lane, level_of(lane)) for problem in problems(op) for case in battery(op, problem)
+        for lane in [lane_of(op, case.pattern)]
+    ]
+
+
 def _probe_sized(op: Op, case: Case) -> Case:
     """A probe lights one k per row: give it rows enough that few batches cover K, and a K of at most 1,536."""
     dims = dict(case.problem.dims)
@@ -222,12 +234,15 @@ def manifest(listed: Sequence[Listed]) -> str:
 
 
 def shard(listed: Sequence[Listed], index: int, count: int) -> list[Listed]:
-    """Part `index` (1-based) of `count` of a list: by digest of the case id, so that a part does not depend on the others."""
+    """Part `index` (1-based) of `count` of a list: by digest of the case id, so that a part does not depend on the others. The
+    probes of one audit stay together: a fingerprint takes all of them."""
     if not 1 <= index <= count:
         raise ValueError(f"shard {index}/{count} does not exist: the first number runs from 1 to the second")
 
     def part(item: Listed) -> int:
-        return int.from_bytes(hashlib.sha256(str(item.case).encode()).digest()[:8], "big") % count
+        problem = item.case.problem
+        kept = f"{problem.op}/{problem.variant}/{problem.options}" if item.lane == "audit" else str(item.case)
+        return int.from_bytes(hashlib.sha256(kept.encode()).digest()[:8], "big") % count
 
     return [item for item in listed if part(item) == index - 1]
 

@@ -17,7 +17,9 @@ from lowbit.references.declarations import Claim, Contraction, Declaration, text
 from lowbit.references.formats import Codes
 from lowbit.references.interpret import ProgramError
 
-from . import properties, report, stability, tensors, vectors, waivers
+from . import audit_findings, properties, report, stability, tensors, vectors, waivers
+from .audit_probes import PATTERNS as AUDITS
+from .audit_probes import Probed, battery, check_room, probe_operands, probed, problems, subject_of
 from .bounds import accumulator_bits, check_declaration, gemm_expect, power, restrict, sample_of
 from .case import Case, Operands, Problem
 from .op import DomainError, Expectation, Op, parse_case, parse_problem, tensors_of
@@ -73,6 +75,8 @@ def operands_of(op: Op, case: Case, batch: int = 0, source: str = "") -> Operand
         return tensors.tensor_operands(op, case, source)
     if case.pattern == "golden":
         return vectors.vector_of(case).operands
+    if case.pattern in AUDITS:
+        return probe_operands(op, case)
     return draw_operands(op, case, batch)
 
 
@@ -94,6 +98,8 @@ def expectations_of(op: Op, case: Case, operands: Operands, declaration: Declara
         stored = _golden(op, case, declaration)
         if stored is not None:
             return stored
+    if case.pattern in AUDITS:
+        declaration = audit_findings.must_equal(declaration)
     return op.expect(case, operands, declaration)
 
 
@@ -113,6 +119,8 @@ class Session:
     _known: dict[tuple[Problem, str], tuple[Declaration | None, str, str]] = field(default_factory=dict)
     _tactics: dict[Problem, tuple[str, ...]] = field(default_factory=dict)
     _shares: dict[str, float] = field(default_factory=dict)
+    _probes: dict[tuple[Case, str], tuple[Verdict, Codes | None]] = field(default_factory=dict)
+    _findings: dict[tuple[Problem, str], audit_findings.Found | None] = field(default_factory=dict)
 
     def open(self) -> None:
         """Start the backend. Raises WorkerError where it does not load."""
@@ -215,7 +223,82 @@ class Session:
             return self._property(op, item, tactic, declaration)
         if item.lane == "stability":
             return self._stability(op, item, tactic, declaration)
-        return replace(self._compute(op, item, tactic, declaration), declared=kind)
+        if item.lane == "audit":
+            return replace(self._probe(op, item, tactic, declaration)[0], declared=kind)
+        if item.lane in ("bounded", "tensors"):
+            declaration, kind = self._measured(op, item.case.problem, tactic, declaration, kind)
+        return replace(self._compute(op, item, tactic, declaration)[0], declared=kind)
+
+    # The accumulator ------------------------------------------------------------------------------------------------------
+
+    def _probe(self, op: Op, item: Listed, tactic: str, declaration: Declaration) -> tuple[Verdict, Codes | None]:
+        """The verdict of one probe and, where it gave outputs, the codes of D; run once per session."""
+        key = (item.case, tactic)
+        if key not in self._probes:
+            verdict, outputs = self._compute(op, item, tactic, declaration)
+            if "d" in outputs:
+                wrong = audit_findings.contradiction(
+                    op, item.case, probe_operands(op, item.case), declaration, outputs["d"]
+                )
+                if verdict.status is Status.DRIFT:
+                    verdict = replace(verdict, clause="AUD-2" if audit_findings.known_order(declaration) else "AUD-3")
+                elif wrong:
+                    verdict = replace(verdict, status=Status.DRIFT, reason=wrong, clause="AUD-4")
+            worst = verdict.worst if verdict.wrong else None
+            self._probes[key] = replace(verdict, ulp_histogram={}, heat=(), worst=worst), outputs.get("d")
+        return self._probes[key]
+
+    def finding(self, op: Op, problem: Problem, tactic: str) -> audit_findings.Found | None:
+        """What the audit of one probed problem says of a tactic; None where its battery is not supported or gives no outputs."""
+        key = (problem, tactic)
+        if key not in self._findings:
+            try:
+                self._findings[key] = self._found(op, problem, tactic)
+            except (ProgramError, WorkerError):  # the verdicts of the audit lane say so
+                self._findings[key] = None
+        return self._findings[key]
+
+    def _found(self, op: Op, problem: Problem, tactic: str) -> audit_findings.Found | None:
+        cases = battery(op, problem)
+        if any(self.worker.supports([case.problem for case in cases])) or tactic not in self.tactics(problem):
+            return None
+        verdicts: list[Verdict] = []
+        probes: list[Probed] = []
+        for case in cases:
+            declaration, _, _ = self.declaration(op, case.problem, tactic)
+            if declaration is None:
+                return None
+            verdict, codes = self._probe(op, Listed(case, "audit", level_of("audit")), tactic, declaration)
+            if codes is None:
+                return None
+            verdicts.append(verdict)
+            probes.append(probed(op, case, probe_operands(op, case), codes))
+        declaration, _, _ = self.declaration(op, problem, tactic)
+        assert declaration is not None
+        return audit_findings.found_of(op, problem, tactic, declaration, verdicts, probes)
+
+    def audits(self, verdicts: Sequence[Verdict]) -> tuple[report.Audited, ...]:
+        """The findings of every problem and tactic of which a probe is among the verdicts."""
+        asked = {
+            (case.problem, verdict.tactic) for verdict in verdicts if verdict.lane == "audit" and verdict.operands
+            for case in [listed_of(verdict.case).case]
+        }
+        found = [
+            self.finding(ops()[problem.op], problem, tactic) for problem, tactic in sorted(asked, key=str)
+            if problem in problems(ops()[problem.op])
+        ]
+        return tuple(item.record for item in found if item is not None)
+
+    def _measured(self, op: Op, problem: Problem, tactic: str, declaration: Declaration, kind: str) -> tuple[Declaration, str]:
+        """The declaration a bounded case is judged by, and its class: what was measured takes the place of what is declared
+        looser (AUD-5)."""
+        if not op.is_gemm or not audit_findings.leaves_open(declaration):
+            return declaration, kind
+        subject = subject_of(op, problem)
+        found = self.finding(op, subject, tactic) if subject is not None else None
+        if found is None or found.gain is None or not audit_findings.alike(declaration, found.declaration):
+            return declaration, kind
+        return audit_findings.refined(declaration, found.gain), f"measured: {'; '.join(found.gain.words)}"
 
     def _rejected(self, op: Op, item: Listed, support: str | Fault | None) -> Verdict:
         clause = dict((text, clause) for text, clause in op.rejects)[str(item.case.problem)]
@@ -240,8 +323,10 @@ class Session:
             )
         return None
 
-    def _compute(self, op: Op, item: Listed, tactic: str, declaration: Declaration) -> Verdict:
-        """Run and judge one case on one tactic, in as many batches as its probes need."""
+    def _compute(
+        self, op: Op, item: Listed, tactic: str, declaration: Declaration
+    ) -> tuple[Verdict, Mapping[str, Codes]]:
+        """Run and judge one case on one tactic, in as many batches as its probes need; also the outputs of the last batch."""
         case = item.case
         specs = tensors_of(op, case.problem)
         batches = batches_of(op, case)
@@ -265,13 +350,13 @@ class Session:
                 outcome = self.worker.collect()
             failed = self._outcome_verdict(item, tactic, outcome)
             if failed is not None:
-                return replace(failed, operands=operand_digest)
+                return replace(failed, operands=operand_digest), {}
             elements += sum(codes.size for codes in outcome.outputs.values())
             judgements.append(_judgement(op, case, operands, declaration, outcome, expected, cut))
             seconds += outcome.seconds
             kernel, kernel_source = outcome.kernel, outcome.kernel_source
             digest = digest or digest_outputs(outcome.outputs)
-        return self._settle(
+        verdict = self._settle(
             item,
             tactic,
             declaration,
@@ -293,6 +378,7 @@ class Session:
                 output_sha256=digest,
             ),
         )
+        return verdict, outcome.outputs
 
     def _settle(
         self,
@@ -318,7 +404,7 @@ class Session:
         heat = worst.heat if worst else ()
         share = worst.worst.share if worst and worst.worst else None
         name = item.case.problem.op
-        if status in PASSING:
+        if status in PASSING and item.lane != "audit":
             if share is None or share <= self._shares.get(name, 0.0):
                 heat = ()
             else:
@@ -416,7 +502,7 @@ def _shown(
     op: Op, case: Case, operands: Operands, declaration: Declaration, expected: Mapping[str, Expectation], cut: Cut | None
 ) -> dict[str, bool]:
     """Fault classes that the case would have shown, on its sample where it has one."""
-    if not op.is_gemm or "d" not in expected or case.pattern == "golden":
+    if not op.is_gemm or "d" not in expected or case.pattern == "golden" or case.pattern in AUDITS:
         return {}
     local = case if cut is None else Case(cut[0], case.pattern, case.seed)
     return dict(power(op, local, operands if cut is None else cut[1], declaration, expected["d"]))
@@ -473,6 +559,9 @@ def rejudge(op: Op, case: Case, operands: Operands, declaration: Declaration, ou
     shown = _shown(op, case, operands, declaration, expected, cut)
     found = _judgement(op, case, operands, declaration, outcome, expected, cut)
     status, reason = _conclusion(found.wrong, found.judged, found.pointed, shown, declaration)
+    if case.pattern in AUDITS and "d" in outcome.outputs and status in PASSING:
+        said = audit_findings.contradiction(op, case, operands, declaration, outcome.outputs["d"])
+        status, reason = (Status.DRIFT, said) if said else (status, reason)
     if wrong:
         status, reason = Status.MALFORMED, f"declaration: {wrong}"
     elif outcome.findings:
@@ -513,6 +602,8 @@ def _listed(text: str) -> Listed:
     if pattern == "golden":
         vectors.vector_of(case)
     lane = "stability" if pattern == stability.PATTERN else lane_of(op, pattern)
-    if lane not in ("property", "stability", "golden") and pattern not in op.patterns:
+    if lane == "audit":
+        check_room(op, case)
+    elif lane not in ("property", "stability", "golden") and pattern not in op.patterns:
         raise DomainError(f"{op.name} has no pattern {pattern!r}; it has {', '.join(op.patterns)}")
     return Listed(case, lane, level_of(lane))

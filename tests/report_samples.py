@@ -14,8 +14,22 @@ from typing import Any
 
 import numpy as np
 
+from lowbit.conformance.audit_readings import FIELDS
 from lowbit.conformance.case import Case, Operands, Problem, Tensor
-from lowbit.conformance.report import Coverage, Declared, Host, Report, Run, Strength, Subject, build
+from lowbit.conformance.report import (
+    CONSISTENT,
+    FINER,
+    REFUTED,
+    Audited,
+    Coverage,
+    Declared,
+    Host,
+    Report,
+    Run,
+    Strength,
+    Subject,
+    build,
+)
 from lowbit.conformance.verdict import Execution, Kernel, Status, Verdict, Worst
 from lowbit.conformance.waivers import Waiver, apply
 from lowbit.references.formats import BF16, E2M1, E4M3FN, INT4, UE4M3
@@ -39,7 +53,7 @@ _LANES = {
     "amax": ("quantiser", 1), "ties": ("quantiser", 1), "specials": ("quantiser", 1),
     "exactw14": ("exact", 1), "exactw24": ("exact", 1), "onehot": ("onehot", 1), "scaleprobe": ("scale", 1),
     "lognormal": ("bounded", 2), "outlier": ("bounded", 2), "cancel": ("bounded", 2), "uniform": ("bounded", 2),
-    "permute": ("property", 2), "repeat": ("stability", 3),
+    "audit_cut": ("audit", 2), "permute": ("property", 2), "repeat": ("stability", 3),
 }
 _PATTERNS = {
     **dict.fromkeys(ENCODINGS, ("codes", "vector", "repeat")),
@@ -108,6 +122,7 @@ def verdicts(per_pattern: int = 2, faulty: bool = True, seed: int = 7) -> list[V
                     m, k = rng.choice((1, 33, 128, 257)), 128 * rng.choice((1, 2, 8))
                     case = f"{op}/plain/m{m}k{k}/bf16/{pattern}/s{s}"
                     found.append(verdict(case, judged=m * k, total=m * k, seconds=0.003, kernel=f"acme_{op}"))
+    found += [verdict(f"{op}/folded/m64n64k1024g128/bf16/audit_cut/s1", total=4096, judged=4096) for op in GEMMS]
     return list(map(_spoil, found)) if faulty else found
 
 
@@ -167,6 +182,25 @@ def codes(found: Sequence[Verdict]) -> Coverage:
     return coverage
 
 
+def audits(found: Sequence[Verdict]) -> list[Audited]:
+    """One finding per op, variant, options and tactic of the probes that gave an output, of all three kinds."""
+    readings = {name: "not identifiable: no bit was lost" for name in FIELDS} | {"fraction_bits": "13", "chunk": "at most 32"}
+    groups: dict[tuple[str, ...], list[Verdict]] = {}
+    for item in found:
+        if item.lane == "audit" and item.status is not Status.UNSUPPORTED:
+            op, variant, _, options, *_ = item.case.split("/")
+            groups.setdefault((op, variant, options, item.tactic), []).append(item)
+    rows = []
+    for number, group in enumerate(groups.values()):
+        failed = next((item for item in group if item.status not in (Status.EXACT, Status.WITHIN)), None)
+        standing = REFUTED if failed else FINER if number % 3 == 1 else CONSISTENT
+        said = failed.reason if failed else "25 fraction bits, 13 declared" if standing == FINER else ""
+        rows.append(Audited(
+            group[0].case.rsplit("/", 2)[0], group[0].tactic, standing, said, failed.case if failed else "", PROGRAM, readings,
+        ))
+    return rows
+
+
 WAIVERS = (
     Waiver("int8_quantize/plain/*/ties/*", "X-1", "https://example.org/acme/issues/41", date(2026, 12, 1)),
     Waiver("scale_swizzle/*", "N-2", "https://example.org/acme/issues/7", date(2026, 10, 1), "other"),
@@ -194,6 +228,7 @@ def report(found: list[Verdict] | None = None, *, requested: int = 3, shard: tup
                 2026, shard, (Host("3.11.9", "2.3.1", "Linux-6.1-x86_64", 16),)),
         cases=cases if cases is not None else [v.case for v in judged], verdicts=judged, requested=requested,
         codes=codes(judged).codes(),
-        declarations=[Declared(op, ("default",), PROGRAM) for op in GEMMS], waivers=waivers, strength=Strength(killed, 9, 0),
+        declarations=[Declared(op, ("default",), PROGRAM) for op in GEMMS], audits=audits(judged), waivers=waivers,
+        strength=Strength(killed, 9, 0),
         peak_bytes=3 << 29,
     )

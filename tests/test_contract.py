@@ -15,7 +15,7 @@ from lowbit.conformance.ops import NAMES, ops
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "docs" / "contract.md").read_text(encoding="utf-8")
 DEFINED = re.findall(r"^- \*\*([A-Z0-9]+-\d+)\*\* ", TEXT, flags=re.MULTILINE)
-CITED = re.compile(r"\b(?:ENC|QNT|GEM|W8A8|W4A8|W4A16|W4I8|NVF|INT|DEC|MEM|BCK|PRP|STA|PWR|ADM|LAN|LVL|CAS)-\d+\b")
+CITED = re.compile(r"\b(?:ENC|QNT|GEM|W8A8|W4A8|W4A16|W4I8|NVF|INT|DEC|MEM|BCK|PRP|STA|PWR|ADM|LAN|LVL|CAS|AUD|EVA)-\d+\b")
 
 
 def _cited(folder: str, pattern: str) -> dict[str, set[str]]:
@@ -47,6 +47,11 @@ def test_every_clause_of_an_op_belongs_to_that_op() -> None:
 
 def test_every_property_has_a_clause_and_every_clause_a_property() -> None:
     assert {clause for _, clause in properties.PROPERTIES.values()} == {c for c in DEFINED if c.startswith("PRP-")}
+
+
+def test_every_clause_on_audits_is_cited_by_a_test() -> None:
+    cited = _cited("tests", "*.py")
+    assert [clause for clause in DEFINED if clause.startswith("AUD-") and clause not in cited] == []
 
 
 def test_every_op_is_a_heading_or_named_in_the_text() -> None:

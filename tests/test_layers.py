@@ -26,14 +26,17 @@ LAYERS: tuple[tuple[str, ...], ...] = (
      "lowbit.conformance.quantiser_draws"),
     ("lowbit.conformance.op", "lowbit.conformance.admissible", "lowbit.conformance.bounds", "lowbit.conformance.storage",
      "lowbit.conformance.backend", "lowbit.conformance.device"),
-    ("lowbit.conformance.patterns",),  # operand values are drawn for the tensors that an op specifies
+    ("lowbit.conformance.audit_probes",),  # operands that measure, drawn as a pattern's are
+    # operand values are drawn for the tensors that an op specifies
+    ("lowbit.conformance.patterns", "lowbit.conformance.audit_readings"),
     ("lowbit.conformance.ops", "lowbit.conformance.ops.*"),
     ("lowbit.conformance.selection", "lowbit.conformance.vectors"),  # the cases that are asked, drawn or stored
     ("lowbit.conformance.simulator",),  # a backend of the suite itself: it computes what the references say
     ("lowbit.conformance.gallery", "lowbit.conformance.gallery.*"),  # the simulator with faults, and without guilt
     ("lowbit.conformance.verdict",),
     ("lowbit.conformance.report_records", "lowbit.conformance.waivers"),
-    ("lowbit.conformance.report_levels", "lowbit.conformance.report_coverage"),
+    ("lowbit.conformance.report_levels", "lowbit.conformance.report_coverage", "lowbit.conformance.audit_findings",
+     "lowbit.conformance.audit_table"),
     ("lowbit.conformance.report_schema",),
     ("lowbit.conformance.report_files", "lowbit.conformance.report_comparison"),
     ("lowbit.conformance.report",),
@@ -45,7 +48,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("lowbit.conformance.session",),
     ("lowbit.conformance.run",),
     (
-        "lowbit.conformance.bench", "lowbit.conformance.bundle", "lowbit.conformance.evals",
+        "lowbit.conformance.audit", "lowbit.conformance.bench", "lowbit.conformance.bundle", "lowbit.conformance.evals",
         "lowbit.conformance.evals.*", "lowbit.conformance.explain",
         "lowbit.conformance.html", "lowbit.conformance.junit", "lowbit.conformance.mutants", "lowbit.conformance.plugin",
         "lowbit.conformance.reduce", "lowbit.conformance.strategies", "lowbit.conformance.survey",

@@ -150,7 +150,8 @@ def test_the_lists_are_consistent() -> None:
 # Every lane sees what no other sees ----------------------------------------------------------------------------------
 
 ALONE = {
-    "bounded": ("unpromoted_declared_promoted", "gemm_w8a8_fp8/scaled/m1n256k512/bf16.bias/normal/s1"),
+    "audit": ("twenty_five_bits_declared_thirteen", "gemm_w4a8_fp8/folded/m64n128k1024g128/bf16/audit_cut/s1"),
+    "bounded": ("zero_weights_skipped", "gemm_w8a8_fp8/scaled/m10n112k896/f16.fnuz.atensor.bias/special/s28"),
     "encoding": ("fold_by_reciprocal", "scale_fold/row/n26k16384/vllm/special/s0"),
     "exact": ("narrow_unit_ties_away", "gemm_w4a8_fp8/folded/m1n16k960g64/bf16.bias/exactw8/s1"),
     "golden": ("reciprocal_of_six", "nvfp4_quantize/none/m1k16/f32.svdquant/golden/s127"),
@@ -223,10 +224,12 @@ def test_an_all_zero_output_reaches_no_level(tmp_path: Path) -> None:
 
 
 def test_thirteen_bits_in_unknown_order_do_not_reach_l2() -> None:
-    """Honest, and too loose to be told from silence on some cases."""
+    """Honest, and too loose to be told from silence on some cases; one shape of the fingerprint is refused, so nothing finer is
+    known of it."""
     report = run.certify(run.Plan("mutant:lowest_code_saturates,healed", level=2, ops=("gemm_w4a8_fp8",), per_op=1))
     assert report.level_granted == 1
-    assert {verdict.status for verdict in report.verdicts if verdict.status not in PASSING} == {Status.UNTRUSTED}
+    others = {verdict.status for verdict in report.verdicts if verdict.status not in PASSING}
+    assert others == {Status.UNTRUSTED, Status.UNSUPPORTED}
 
 
 # Published rules and the report --------------------------------------------------------------------------------------

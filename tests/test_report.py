@@ -75,7 +75,7 @@ samples = _samples()
 
 @pytest.fixture(scope="module")
 def sample() -> Report:
-    """The faulty sample: 252 verdicts over all ops."""
+    """The faulty sample: 259 verdicts over all ops."""
     found: Report = samples.report()
     return found
 
@@ -127,7 +127,7 @@ def test_no_record_of_the_schema_takes_strange_fields() -> None:
     schema = json.loads(schema_json())
     records = [schema, *schema["$defs"].values()]
     closed = [record for record in records if "properties" in record]
-    assert len(closed) == 17
+    assert len(closed) == 18
     assert [record["title"] for record in closed if record["additionalProperties"] is not False] == []
 
 
@@ -159,7 +159,7 @@ def _put(*path: str | int, value: Any) -> Callable[[dict[str, Any]], None]:
     _put("run", "mood", value="good"),
     _put("verdicts", 0, "mood", value="good"),
     _put("verdicts", 0, "level", value="3"),
-    _put("totals", "selected", value="252"),
+    _put("totals", "selected", value="259"),
     _put("verdicts", 0, "status", value="FINE"),
     _put("verdicts", 0, "seconds", value=None),
     _put("schema", value="lowbit-report/0"),
@@ -173,7 +173,7 @@ def test_a_breach_of_the_schema_is_refused(data: str, edit: Callable[[dict[str, 
     changed = json.loads(data)
     edit(changed)
     text = _resigned(changed)
-    with pytest.raises(ReportError, match="is not a lowbit-report/1"):
+    with pytest.raises(ReportError, match="is not a lowbit-report/2"):
         from_json(text)
     assert verify(json.loads(text), NOW, contract="1", suite="2026.11.0") != ()
 
@@ -315,7 +315,8 @@ def test_a_failure_is_a_sentence_and_a_line() -> None:
 
 # Levels --------------------------------------------------------------------------------------------------------------------
 
-WHOLE = [_pack(), _pack("repeat"), *(_gemm(pattern) for pattern in ("exactw14", "onehot", "scaleprobe", "lognormal", "repeat"))]
+_PATTERNS = ("exactw14", "onehot", "scaleprobe", "lognormal", "audit_cut", "repeat")
+WHOLE = [_pack(), _pack("repeat"), *(_gemm(pattern) for pattern in _PATTERNS)]
 
 
 def _level(verdicts: list[Verdict], requested: int = 3) -> tuple[int | None, str]:
@@ -335,7 +336,7 @@ def test_a_whole_run_is_granted_what_was_asked() -> None:
     assert _level(WHOLE, 4)[0] == 3
     best, results = granted(WHOLE, power_of(WHOLE), 2)
     assert [result.outcome for result in results] == ["granted", "granted", "granted", "not requested", "not run"]
-    assert [result.cases for result in results] == [0, 4, 1, 2, 0]
+    assert [result.cases for result in results] == [0, 4, 2, 2, 0]
     assert results[2].reasons == ("over 2 ops and 2 of 2 selected problems",)
     assert best == 2
 
@@ -612,7 +613,7 @@ def test_a_merge_that_is_not_complete_is_refused() -> None:
         ([one, two, three, three], "shards given twice: 3/3"),
         ([one, four, three], "differ in the number of shards"),
         ([one, fewer, three], "differ in the manifest"),
-        ([one, lost, three], r"no shard holds \d+ of 252 selected cases: int4_pack/"),
+        ([one, lost, three], r"no shard holds \d+ of 259 selected cases: int4_pack/"),
         ([one, shared, three], "1 case in more than one shard, the first .* in 1/3 and 2/3"),
         ([one, _with_seed(two), three], "differ in the seed"),
     ):
@@ -713,14 +714,14 @@ def test_junit_counts_and_names(sample: Report) -> None:
     root = ET.fromstring(junit(sample))
     assert root.tag == "testsuites"
     assert {key: root.get(key) for key in ("tests", "failures", "errors", "skipped")} == {
-        "tests": "252", "failures": "6", "errors": "4", "skipped": "31"}
+        "tests": "259", "failures": "6", "errors": "4", "skipped": "32"}
     assert [suite.get("name") for suite in root] == sorted(samples.OPS)
     cases = root.findall("testsuite/testcase")
-    assert len(cases) == 252
-    assert len({case.get("name") for case in cases}) == 252
+    assert len(cases) == 259
+    assert len({case.get("name") for case in cases}) == 259
     assert len(root.findall("testsuite/testcase/failure")) == 6
     assert len(root.findall("testsuite/testcase/error")) == 4
-    assert len(root.findall("testsuite/testcase/skipped")) == 31
+    assert len(root.findall("testsuite/testcase/skipped")) == 32
     assert all(int(suite.get("tests", "")) == len(suite.findall("testcase")) for suite in root)
 
 

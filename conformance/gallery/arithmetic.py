@@ -7,7 +7,7 @@ finished output.
 from __future__ import annotations
 
 from .alteration import Altered
-from .settings import IN_14_BITS, declared
+from .settings import IN_14_BITS, UNMEASURED, declared
 
 __all__ = ["WRONG_ARITHMETIC"]
 
@@ -67,6 +67,16 @@ _SUMS = (
         "thirteen_bits_declared_f32", ("gemm_w4a8_fp8",), "DeepGEMM#176",
         "the 13-bit accumulator of one chip under the declaration of the 25-bit one",
         runs="hopper_wgmma_fp8", says="blackwell_f8f6f4",
+    ),
+    Altered(
+        "twenty_five_bits_declared_thirteen", ("gemm_w4a8_fp8",), "declarations copied from another chip",
+        "the 25-bit accumulator of one chip under the declaration of the 13-bit one, which no bound excludes",
+        runs="blackwell_f8f6f4", says="hopper_wgmma_fp8",
+    ),
+    Altered(
+        "thirteen_bits_declared_ieee", ("gemm_w4a8_fp8",), "DeepGEMM#176",
+        "a 13-bit accumulator under the declaration of binary32 sums",
+        runs="hopper_wgmma_fp8", says="ieee_f32",
     ),
     Altered(
         "too_generous_declaration", ("gemm_w4a8_fp8",), "aiter#4398",
@@ -181,7 +191,7 @@ _EPILOGUES = (
              "    return _finish(problem, value.astype(np.float64) * (1 + 2.0**-40) if folded else value, tensors)\n"),
         ),
         setting=(
-            declared("hopper_wgmma_fp8"),
+            UNMEASURED, declared("hopper_wgmma_fp8"),
         ),
     ),
     Altered(

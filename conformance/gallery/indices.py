@@ -6,7 +6,7 @@ Decides: each fault as an alteration of the cpu backend. Refuses: to alter a fin
 from __future__ import annotations
 
 from .alteration import Altered
-from .settings import declared
+from .settings import UNMEASURED, declared
 
 __all__ = ["WRONG_OPERANDS"]
 
@@ -65,7 +65,7 @@ _INDICES = (
              'axis=-1), "e4m3fn")\n'),
         ),
         setting=(
-            declared("hopper_wgmma_fp8_f16"),
+            UNMEASURED, declared("hopper_wgmma_fp8_f16"),
         ),
         reached_by="gemm_w4a8_fp8/folded/m64n128k2048g128/bf16/normal/s1",
     ),
@@ -198,7 +198,7 @@ _DECODING = (
              "        q[..., -1] = np.maximum(q[..., -1], -7)\n"),
         ),
         setting=(
-            declared("hopper_wgmma_fp8"),
+            UNMEASURED, declared("hopper_wgmma_fp8"),
         ),
     ),
     Altered(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from .alteration import Edit
 
-__all__ = ["DOT", "IN_14_BITS", "declared"]
+__all__ = ["DOT", "IN_14_BITS", "UNMEASURED", "declared"]
 
 _GEMM = "cpu_room.gemm"
 _MAIN = '_MAIN = Contraction(("a", "w"), _DOUBLE, order=Order.UNKNOWN)\n'
@@ -21,7 +21,16 @@ def declared(datapath: str) -> Edit:
     return (_GEMM, _MAIN, _MAIN.replace("_DOUBLE", f'DATAPATHS["{datapath}"]'))
 
 
+UNMEASURED: Edit = (
+    "cpu",
+    "            return refusal(problem)\n",
+    '            sizes = [dict(problem.dims).get(letter) for letter in "mnk"]\n'
+    '            return refusal(problem) or ("this shape is left to a library" if sizes == [64, 128, 2048] else None)\n',
+)
+"""One of the shapes that a fingerprint takes is refused: the declaration stands as it is, however loose."""
+
 IN_14_BITS: tuple[Edit, ...] = (
+    UNMEASURED,
     declared("hopper_wgmma_fp8"),
     (_GEMM, "def _dot(a: Array, w: Array) -> Array:\n",
      "def _cut(x: Array) -> Array:\n"
