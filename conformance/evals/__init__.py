@@ -1,0 +1,1 @@
+"""End-to-end evaluations: quantised models through a backend, paired against the reference arithmetic."""
