@@ -78,8 +78,8 @@ class CudaBlackwell:
         return room.tactics(problem)
 
     def declare(self, problem: Problem, tactic: str) -> Declaration:
-        """One program for the CuTe instances, which differ in tiles only, and one for the Triton twin."""
-        return declaration(problem, tactic)
+        """One program for all tactics: the CuTe instances differ in tiles only, and the Triton twin rounds where they do."""
+        return declaration(problem)
 
     def workspace(self, problem: Problem, tactic: str) -> int:
         """Bytes of an output without gaps between rows: a tensor map stores rows at multiples of 16 bytes."""

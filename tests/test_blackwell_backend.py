@@ -244,13 +244,16 @@ def test_the_declaration_is_one_of_the_contract(problem: Problem) -> None:
         assert len(rest) == (problem.option("lora") == "lora")
 
 
-def test_the_two_kernels_declare_their_own_epilogues() -> None:
-    """CuTe fuses channel scale and bias, Triton rounds each: seen in its source and forbidden to be fused by its options."""
-    def joins(declared: Declaration) -> list[Join]:
-        return [item.join for item in declared.program if isinstance(item, Step) and item.kind is StepKind.MUL]
-
-    assert joins(declaration(SVDQUANT, CONFIGS[0].name)) == [Join.SEPARATE, Join.FUSED]
-    assert joins(declaration(SVDQUANT, TRITON)) == [Join.SEPARATE, Join.SEPARATE]
+@pytest.mark.parametrize(("text", "wanted"), [
+    ("svdquant/m33n64k256r32/f16.lora.bias", [Join.SEPARATE, Join.FUSED]),
+    ("svdquant/m33n64k256r32/f16.lora", [Join.SEPARATE, Join.SEPARATE]),
+    ("nunchaku/m33n64k256r32/f16.lora.bias", [Join.SEPARATE, Join.FUSED]),
+    ("nunchaku/m33n64k256r32/f16.lora", [Join.SEPARATE, Join.SEPARATE]),
+])
+def test_channel_scale_and_bias_are_fused_where_both_are_there(text: str, wanted: list[Join]) -> None:
+    """alpha, then the channel scale; both kernels write the fused multiply-add out."""
+    found = declaration(problem_of(f"gemm_nvfp4/{text}"))
+    assert [item.join for item in found.program if isinstance(item, Step) and item.kind is StepKind.MUL] == wanted
 
 
 # What it hands to the kernel -----------------------------------------------------------------------------------------
@@ -301,7 +304,7 @@ def reading_back(
         assert np.array_equal(found[name], given[name].codes), name
     operands = Operands({name: Tensor(codes.astype(container(specs[name].format)), specs[name].format)
                          for name, codes in found.items()})
-    d.copy_(torch.from_numpy(emulated(problem, declaration(problem, tactic), operands).view(np.int16)))
+    d.copy_(torch.from_numpy(emulated(problem, declaration(problem), operands).view(np.int16)))
 
 
 @pytest.mark.parametrize("pad", [0, 3])
@@ -328,10 +331,10 @@ def test_the_kernel_is_given_the_operands_of_the_case(text: str, pad: int) -> No
         state = found.prepare(problem, tactic, views[Role.CONSTANT])
         inputs = found.stage(problem, tactic, views[Role.ACTIVATION])
         assert found.run(problem, tactic, state, inputs, {"d": d}, scratch, None) == tactic
-        expected = emulated(problem, declaration(problem, tactic), operands)
+        expected = emulated(problem, declaration(problem), operands)
         codes = d.memory.numpy().view(np.uint16)
         assert np.array_equal(codes, expected), tactic
-        assert OP.expect(case, operands, declaration(problem, tactic))["d"].admits(codes).all()
+        assert OP.expect(case, operands, declaration(problem))["d"].admits(codes).all()
         if pad:
             whole = d.memory._base
             assert (whole[:, n:] == 0x5A).all()
@@ -352,7 +355,11 @@ def test_a_launch_hands_each_kernel_what_its_signature_names(monkeypatch: pytest
     calls: list[tuple[str, tuple[Any, ...]]] = []
 
     def kernel(name: str) -> Any:
-        return lambda *given: calls.append((name, given)) or f"{name} result"
+        def called(*given: Any) -> str:
+            calls.append((name, given))
+            return f"{name} result"
+
+        return called
 
     chip = SimpleNamespace(multi_processor_count=148)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: chip)
@@ -379,6 +386,18 @@ def test_a_launch_hands_each_kernel_what_its_signature_names(monkeypatch: pytest
         "compiled": "compile_gemm result", "config": room._BY_NAME[name], "addresses": {"a": a.data_ptr(), "d": d.data_ptr()},
         "shape": (33, 64, 96, 0), "alpha": 0.5, "multiprocessors": 148, "stream": 7,
     }
+
+
+@pytest.mark.parametrize("name", ["a", "w_scale", "lora_up", "d"])
+def test_a_tensor_map_at_an_odd_address_is_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before anything is compiled or launched."""
+    monkeypatch.setattr(room, "_cute", lambda: pytest.fail("launched"))
+    base = torch.zeros(64 * 64, dtype=torch.uint8)
+    given = dict.fromkeys(("a", "a_scale", "w", "w_scale", "lora_act", "lora_up", "d"), base[-base.data_ptr() % 16 :])
+    given[name] = given[name][2:]
+    d = given.pop("d")
+    with pytest.raises(ValueError, match=f"got {name} 2 bytes past a multiple of 16 bytes"):
+        room.launch(SVDQUANT, room.tactics(SVDQUANT)[0], given, d, 0.5, SimpleNamespace(cuda_stream=7))
 
 
 def aligned(view: TensorView, nbytes: int) -> TensorView:

@@ -1,7 +1,9 @@
 """The numbers that the Blackwell kernel indexes with, exhaustively, against derivations that do not use them.
 
-Every check is a function that raises AssertionError, so that the mutants at the end (the fix history of the seed's kernel,
-planted into the very functions that the kernel traces) can be shown to fail the check that is named for them.
+Every check is a function that raises AssertionError, so that the mutants at the end (the fix history of the seed's kernel) can
+be shown to fail the check that is named for them. They are planted into functions that the kernel traces, but for
+`w_coordinates`: where a load begins follows in the kernel from `rank_parts` and CuTe's partition of the tensor map, which
+`tests/blackwell` compares with the functions of coordinates, for every CTA of every instance, when it compiles.
 Sizes are written out again: 128 rows, K blocks of 256 = 4 instructions of 64, one scale per 16, rank blocks of 64.
 """
 
@@ -316,6 +318,12 @@ def v_for_n(tile_n: int, rank: int, block: int, config: Config) -> tuple[int, in
     return tile_n * config.tile.n + pair_n * half + pair_m * rows, rows, block * 256
 
 
+def v_from_n(rank: int, config: Config) -> tuple[int, int, int]:
+    """b1ca60a in the function that the kernel traces: the CTA of the pair taken from the place along n."""
+    pair_n = rank // config.cluster_m
+    return pair_n % config.tile.ctas, rank % config.cluster_m // config.tile.ctas, pair_n
+
+
 def identity_over_the_cluster(tile_n: int, chunk: int, register: int, config: Config) -> int:
     """b251149: columns counted on an identity tensor of the cluster's size: channel scale and bias of another N."""
     return tile_n * config.tile.n * config.tile.ctas + chunk * 32 + register
@@ -337,6 +345,7 @@ MUTANTS: tuple[tuple[str, Callable[..., Any], Callable[[Config], None]], ...] = 
     ("scale_offset", k_major_scales, check_scale_tiles),
     ("cluster_tile", misread_tile, check_each_tile_once),
     ("w_coordinates", v_for_n, check_each_k_block_of_each_operand_once),
+    ("rank_parts", v_from_n, check_each_k_block_of_each_operand_once),
     ("column_index", identity_over_the_cluster, check_epilogue_map),
     ("full_parity", implicit_state, check_ring),
     ("lora_up_bytes", whole_lora_up, check_bytes_expected_are_bytes_loaded),

@@ -2,9 +2,9 @@
 
 Decides: datapaths, order of K, joins and roundings, read off the kernels. CuTe (cute_mma, cute_epilogue): K ascending in one
 accumulator, one rounded product with alpha, then the rank in the same accumulator, then channel scale and bias by one fused
-multiply-add, then one cast. Triton (triton_room.nvfp4_gemm): the same, but every step of the epilogue is rounded on its own, and
-it has a bias after the cast and nunchaku's order besides. Refuses: problems that no tactic computes (`unsupported`), one sentence
-each.
+multiply-add, then one cast. Triton (triton_room.nvfp4_gemm): the same, and it has a bias after the cast and nunchaku's order
+besides; its own `program` is compared with this one by tests/blackwell. Refuses: problems that no tactic computes
+(`unsupported`), one sentence each.
 """
 
 from __future__ import annotations
@@ -55,10 +55,10 @@ def unsupported(problem: Problem) -> str | None:
     return None if reason is None else f"{problem}: {reason}"
 
 
-def declaration(problem: Problem, tactic: str) -> Declaration:
+def declaration(problem: Problem) -> Declaration:
     """mxf4nvf4 sums 64 products at a time in ascending K; the f16 or bf16 instruction 16 at a time, ascending, from what the
-    accumulator holds. The product with alpha is rounded to f32, in tensor memory where a low-rank product follows. All CuTe
-    instances share one program: they differ in tiles, not in arithmetic."""
+    accumulator holds. The product with alpha is rounded to f32, in tensor memory where a low-rank product follows. Channel
+    scale and bias are one fused multiply-add where both are there. All tactics of a problem share one program."""
     out, bias = _FORMATS[problem.option("out")], problem.option("bias")
     main = Contraction(("a", "w"), DATAPATHS["blackwell_nvfp4"])
     low_rank: tuple[Contraction | Step, ...] = ()
@@ -66,12 +66,12 @@ def declaration(problem: Problem, tactic: str) -> Declaration:
         path = DATAPATHS[f"blackwell_{problem.option('out')}"]
         low_rank = (Contraction(("lora_act", "lora_up"), path, start=Start.PREVIOUS),)
     if problem.variant == "nunchaku":
-        affine = (mul("channel_scale", format=out, join=Join.FUSED), add("bias", format=out))
-        return Declaration((main, mul("alpha"), cast(out), *affine[: 1 + (bias == "bias")], *low_rank, cast(out)))
+        fused = (mul("channel_scale", format=out, join=Join.FUSED), add("bias", format=out))
+        affine = fused if bias == "bias" else (mul("channel_scale", format=out),)
+        return Declaration((main, mul("alpha"), cast(out), *affine, *low_rank, cast(out)))
     program: list[Contraction | Step] = [main, mul("alpha"), *low_rank]
     if problem.variant == "svdquant":
-        fused = bias == "bias" and tactic != TRITON
-        program.append(mul("channel_scale", join=Join.FUSED if fused else Join.SEPARATE))
+        program.append(mul("channel_scale", join=Join.FUSED if bias == "bias" else Join.SEPARATE))
     if bias == "bias":
         program.append(add("bias"))
     program.append(cast(out))

@@ -16,7 +16,8 @@ from typing import Any
 __all__ = ["MAJOR", "NEVER_EXECUTED", "Device", "DeviceFault", "Query", "Sight", "chosen", "look", "look_through", "why_compiled"]
 
 MAJOR = 10
-"""Major number of the compute capability whose matrix unit has tcgen05 (10.0: B200, 10.3: B300). 11.x and 12.x do not run it."""
+"""Major number of the compute capability that the kernel is compiled for (10.0: B200, 10.3: B300). 12.x has no tcgen05 (PTX ISA,
+target notes of tcgen05); 11.x has it, but needs code of its own, which is not built here."""
 
 NEVER_EXECUTED = "compiled, never executed on a device"
 

@@ -24,6 +24,7 @@ from .schedule import CONFIGS, choose
 __all__ = ["Weights", "activations", "launch", "tactics", "weights"]
 
 _BY_NAME = {config.name: config for config in CONFIGS}
+_BY_TENSOR_MAP = ("a", "a_scale", "w", "w_scale", "lora_act", "lora_up", "d")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -112,16 +113,22 @@ def _compiled(name: str) -> Any:
 def launch(problem: Problem, tactic: str, tensors: Mapping[str, Any], d: Any, alpha: float, stream: Any) -> None:
     """Compute `d` (int16 [M, N], contiguous, 16-byte aligned, M > 0) on the device. Does not wait.
 
-    `tensors`: what `weights` and `activations` made for the tactic. `stream`: a torch stream, None for the current one. Raises
-    ImportError where the tactic's compiler is not installed."""
+    `tensors`: what `weights` and `activations` made for the tactic; they have to live until the stream is done with them.
+    `stream`: a torch stream of the device of `d`, None for the current one there. Raises ImportError where the tactic's compiler
+    is not installed, and ValueError for an operand of a CuTe instance that does not start at a multiple of 16 bytes, as tensor
+    maps need it."""
     torch = _torch()
-    stream = torch.cuda.current_stream() if stream is None else stream
+    stream = torch.cuda.current_stream(d.device) if stream is None else stream
     if tactic == TRITON:
         twin = _triton()
-        with torch.cuda.stream(stream):
+        with torch.cuda.stream(stream):  # the device of the stream, too
             twin.launch(problem, {**tensors, "d": d}, alpha)
         return
     shape = (problem.dim("m"), problem.dim("n"), problem.dim("k"), problem.dim("r"))
     addresses = {name: tensor.data_ptr() for name, tensor in {**tensors, "d": d}.items()}
+    if odd := {name: address % 16 for name, address in addresses.items() if address % 16 and name in _BY_TENSOR_MAP}:
+        raise ValueError(f"{tactic}: got {', '.join(f'{name} {rest} bytes past' for name, rest in odd.items())} a multiple of 16 "
+                         "bytes, where tensor maps have to start; copy the tensor into memory of its own")
     multiprocessors = torch.cuda.get_device_properties(d.device).multi_processor_count
-    _cute().run_gemm(_compiled(tactic), _BY_NAME[tactic], addresses, shape, alpha, multiprocessors, stream.cuda_stream)
+    with torch.cuda.stream(stream):
+        _cute().run_gemm(_compiled(tactic), _BY_NAME[tactic], addresses, shape, alpha, multiprocessors, stream.cuda_stream)

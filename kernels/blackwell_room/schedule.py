@@ -2,7 +2,9 @@
 
 Decides: which CTA computes which tile in which order, which stage and parity a step of a ring has, how many bytes a barrier
 awaits, which CTAs a load or a release reaches, where a scale byte lies, which output element a register holds, how many
-stages fit. The kernel (cute_gemm) calls these functions on its traced integers; the tests call them on Python integers.
+stages fit. The kernel (cute_gemm) calls these functions on its traced integers; the tests call them on Python integers. Two
+groups it does not call, because CuTe's partitions decide there: `*_coordinates` (where a load begins) and `row_index`; these say
+what the partitions have to give, and tests/blackwell compares both when it compiles.
 So the functions of a coordinate use nothing but + - * // % and <<, and never branch on an argument that the kernel traces.
 Refuses: shapes that the tensor-map alignment forbids (`refusal`).
 

@@ -105,6 +105,8 @@ ALTERATIONS: tuple[tuple[str, Callable[[dict[str, Any]], object], str], ...] = (
     ("narrow tensor memory", lambda f: f.update(tmem_columns=256), "columns allocated"),
     ("bytes", lambda f: f["announced"].__setitem__(0, f["announced"][0] // 2), "bytes announced"),
     ("stage", lambda f: f["stage_bytes"].__setitem__(1, 16384), "bytes of a stage"),
+    ("half of W", lambda f: f["coordinates"][1].__setitem__(1, f["coordinates"][0][1]), "coordinates of the loads"),
+    ("no coordinates", lambda f: f.update(coordinates=[]), "coordinates of the loads"),
     ("register map", lambda f: f["load_map"]["1"].reverse(), "load_map: thread 1"),
     ("store map", lambda f: f["store_map"]["64"].reverse(), "store_map: thread 64"),
     ("no map", lambda f: f.update(load_map={}), "load_map was not traced"),

@@ -116,6 +116,18 @@ def _maps(fact: Record) -> Iterator[tuple[bool, str]]:
         yield byte == wanted_byte, f"scale of row {row}, group {group}: byte {byte}, expected {wanted_byte}"
 
 
+def _coordinates(fact: Record) -> Iterator[tuple[bool, str]]:
+    """Where each CTA's loads for tile 3 and block 2 begin, as traced, against the functions that the tests prove."""
+    own = schedule.Config(**(fact["config"] | {"tile": schedule.Tile(**fact["config"]["tile"])}))
+    wanted = []
+    for rank in range(own.cluster_m * own.cluster_n):
+        a, w = (coordinates(3, rank, 2, own) for coordinates in (schedule.a_coordinates, schedule.w_coordinates))
+        scales = (coordinates(3, rank, 2, own)[0] for coordinates in (schedule.scale_a_coordinates, schedule.scale_w_coordinates))
+        main = [[a[2], a[0]], [w[2], w[0]], *([0, group, row] for row, group in scales)]  # innermost first: k, row
+        wanted.append(main + ([[2 * 64, a[0]], [2 * 64, w[0]]] if own.lora else []))  # rank blocks of 64
+    yield fact["coordinates"] == wanted, f"coordinates of the loads: {fact['coordinates']}, expected {wanted}"
+
+
 def _barriers(fact: Record, ptx: str) -> Iterator[tuple[bool, str]]:
     """The arrivals with which the code sets up its barriers are those of the programs that the barrier model runs."""
     own = schedule.Config(**(fact["config"] | {"tile": schedule.Tile(**fact["config"]["tile"])}))
@@ -132,7 +144,9 @@ def broken(fact: Record, ptx: str) -> list[str]:
         return [] if fact["refused"] else ["sm_120a was compiled, which has no tcgen05: what was generated is another kernel"]
     if fact["refused"]:
         return [f"the compiler refused it: {fact['refused']}"]
-    checks = (*_instructions(fact), *_descriptors(fact), *_budgets(fact), *_maps(fact), *_barriers(fact, ptx))
+    checks = (
+        *_instructions(fact), *_descriptors(fact), *_budgets(fact), *_maps(fact), *_coordinates(fact), *_barriers(fact, ptx),
+    )
     return [sentence for kept, sentence in checks if not kept]
 
 

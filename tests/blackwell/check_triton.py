@@ -9,6 +9,7 @@ Named check_ so that `pytest` does not collect it by itself: it needs triton, an
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import subprocess
@@ -21,14 +22,15 @@ import numpy as np
 import pytest
 import torch
 
-from lowbit.conformance.backend import DATAPATHS
+from lowbit.conformance.backend import DATAPATHS, Problem
 from lowbit.conformance.bounds import check_declaration
-from lowbit.conformance.op import parse_problem
+from lowbit.conformance.op import outside_domain, parse_problem
 from lowbit.conformance.ops import ops
 from lowbit.conformance.session import Plan, Session, listed_of
 from lowbit.conformance.verdict import Status
 from lowbit.conformance.worker import Worker
-from lowbit.kernels.triton_room.nvfp4_gemm import UNITS, packed, program, swizzled
+from lowbit.kernels.blackwell_room.declare import declaration, unsupported
+from lowbit.kernels.triton_room.nvfp4_gemm import UNITS, packed, program, refusal, swizzled
 from lowbit.references.declarations import Contraction, Declaration, Start
 
 HERE = Path(__file__).parent
@@ -153,3 +155,17 @@ def test_the_declared_program_is_the_contracts(unit: str, text: str) -> None:
     if unit == "blackwell":
         assert contractions[0].datapath is DATAPATHS["blackwell_nvfp4"]
         assert all(item.datapath is DATAPATHS[f"blackwell_{problem.option('out')}"] for item in contractions[1:])
+
+
+def test_the_door_declares_what_the_twin_computes() -> None:
+    """`cuda_blackwell` judges the twin by a program that it writes down without Triton; it is the kernel's own."""
+    op, count = ops()["gemm_nvfp4"], 0
+    for variant, out, bias, r in itertools.product(op.variants, ("f16", "bf16"), ("nobias", "bias", "biasafter"), (0, 16)):
+        options = (("out", out), ("lora", "lora" if r else "nolora"), ("bias", bias))
+        problem = Problem("gemm_nvfp4", variant, (("m", 5), ("n", 24), ("k", 96), ("r", r)), options)
+        if outside_domain(op, problem) is not None:
+            continue
+        assert (unsupported(problem), refusal(problem)) == (None, None), problem
+        assert declaration(problem).program == program(problem, UNITS["blackwell"]), problem
+        count += 1
+    assert count == 22

@@ -36,6 +36,7 @@ from lowbit.kernels.blackwell_room import cute_epilogue, cute_gemm, cute_load, c
 
 VARIANTS = ("as_written", "no_lora_mma", "no_block_scales")
 ARCHITECTURES = ("sm_100a", "sm_103a", "sm_120a")
+TILE, BLOCK = 3, 2  # of which the coordinates are written down
 
 
 @dataclass
@@ -49,6 +50,8 @@ class Facts:
     `sass_mma`: (opcode, accumulator operand) of each matrix instruction in order. `sass_opcodes`: count of each opcode.
     `announced`: bytes of each expect_tx in PTX, in order. `tmem_columns`: columns that PTX allocates.
     `stage_bytes`: bytes of one stage of each operand in one CTA, by the layouts the kernel was traced with.
+    `coordinates`: for each CTA of the cluster and each operand, where its tensor-map load for tile `TILE` and block `BLOCK`
+        begins, as the kernel's own partition gives it when the rank is a Python integer: innermost coordinate first.
     `shared_bytes`: dynamic shared memory that the traced kernel took.
     `load_map`, `store_map`: (row, column) of the chunk that each register of some epilogue threads holds, by the copies the
         kernel was traced with. `scale_bytes`: (row, group, byte) of the traced layout of a 300 x 320 scale matrix.
@@ -71,6 +74,7 @@ class Facts:
     sass_opcodes: dict[str, int] = field(default_factory=dict)
     announced: list[int] = field(default_factory=list)
     stage_bytes: list[int] = field(default_factory=list)
+    coordinates: list[list[list[int]]] = field(default_factory=list)
     load_map: dict[int, list[tuple[int, int]]] = field(default_factory=dict)
     store_map: dict[int, list[tuple[int, int]]] = field(default_factory=dict)
     scale_bytes: list[tuple[int, int, int]] = field(default_factory=list)
@@ -81,7 +85,8 @@ SEEN: dict[str, Any] = {}
 
 def watch() -> None:
     """Make the kernel's own functions write down, while they are traced, the layouts that they work with."""
-    part, allocate, chunk_copy = cute_load._part, cute_gemm._allocate, cute_epilogue.chunk_copy
+    part, parts = cute_load._part, cute_load.parts
+    allocate, chunk_copy = cute_gemm._allocate, cute_epilogue.chunk_copy
     layout, assume = cute_operands.scale_layout, cute.assume
 
     def part_seen(load: Any, buffer: Any, *rest: Any) -> Any:
@@ -89,6 +94,15 @@ def watch() -> None:
         width = buffer.element_type.width
         SEEN.setdefault("stage_bytes", []).append(cute.size(found.target, mode=[0]) * width // 8)
         return found
+
+    def parts_seen(loaded: Any, buffers: Any, mma: Any, rank: Any, config: Any) -> Any:
+        SEEN["coordinates"] = [
+            [[int(digit) for digit in each.source[(None, TILE, BLOCK)].iterator]
+             for each in parts(loaded, buffers, mma, cta, config)]
+            for cta in range(schedule.cluster_size(config))
+        ]
+        SEEN["stage_bytes"] = []
+        return parts(loaded, buffers, mma, rank, config)
 
     def allocate_seen(memory: Any, *rest: Any) -> Any:
         found = allocate(memory, *rest)
@@ -117,7 +131,7 @@ def watch() -> None:
         return layout(rows, k)
 
     for module, name, seen in (
-        (cute_load, "_part", part_seen), (cute_gemm, "_allocate", allocate_seen),
+        (cute_load, "_part", part_seen), (cute_gemm, "parts", parts_seen), (cute_gemm, "_allocate", allocate_seen),
         (cute_epilogue, "chunk_copy", chunk_copy_seen), (cute_operands, "scale_layout", layout_seen),
     ):
         setattr(module, name, seen)
@@ -167,7 +181,7 @@ def compile_one(config: schedule.Config, arch: str, variant: str, nvdisasm: str,
             shutil.copyfile(found, kept[suffix])
     sass = subprocess.run([nvdisasm, "-c", str(kept["cubin"])], capture_output=True, text=True, check=True).stdout
     (out / f"{config.name}.{arch}.sass").write_text(sass)
-    for name in ("stage_bytes", "shared_bytes", "load_map", "store_map", "scale_bytes"):
+    for name in ("stage_bytes", "coordinates", "shared_bytes", "load_map", "store_map", "scale_bytes"):
         setattr(facts, name, SEEN[name])
     read_ptx(facts, kept["ptx"].read_text(errors="replace"))
     read_sass(facts, sass)
