@@ -17,7 +17,7 @@ from lowbit.references.formats import F32, F64, Codes
 from lowbit.references.rounding import Rounding
 
 from .audit_probes import CUT, ORDER, Probed, probed
-from .audit_readings import FIELDS, Fingerprint, Reading, fingerprint, readings_of_cut, segment_of_order
+from .audit_readings import FIELDS, LOSSLESS, Fingerprint, Reading, fingerprint, readings_of_cut, segment_of_order
 from .case import Case, Operands, Problem
 from .op import Op
 from .report_records import CONSISTENT, FINER, REFUTED, Audited
@@ -69,6 +69,23 @@ def _exact(reading: Reading) -> int | None:
     return reading.number if reading.bound == "exact" else None
 
 
+def _at_least(reading: Reading) -> int:
+    """How much is surely kept; 0 where nothing is known to be."""
+    return (reading.number or 0) if reading.bound in ("exact", "at least") else 0
+
+
+def _carried(found: Fingerprint) -> int:
+    """Significand bits that every sum of a product surely has: those of a part of K and, where K is not one part, those of the
+    total that parts are added to. 0 where the parts are unknown: what survived may be sums that never met."""
+    bits = _at_least(found.output_bits)
+    if found.order.why == LOSSLESS or (found.segment == Reading(0) and found.splits == Reading(1)):
+        return bits
+    if found.segment.value is None:
+        return 0
+    running = _at_least(found.running_bits)
+    return min(bits, running or F32.precision)
+
+
 def contradiction(op: Op, case: Case, operands: Operands, declaration: Declaration, codes: Codes) -> str:
     """What the outputs of one probe show to be coarser than a declaration that leaves the order of K open, as a sentence; empty
     where nothing does (AUD-4). Declarations in known order are judged by bits."""
@@ -95,30 +112,35 @@ def contradiction(op: Op, case: Case, operands: Operands, declaration: Declarati
 
 @dataclass(frozen=True, slots=True)
 class Gain:
-    """What a product has beyond its declaration. 0, None: nothing. `words`: the same as text."""
+    """What a product has beyond its declaration. 0, None: nothing. `products`: per node, where nodes are shorter than declared
+    and so round more often. `words`: the same as text."""
 
     fraction_bits: int = 0
     output_bits: int = 0
     rounding: Rounding | None = None
     segment: int = 0
+    products: int = 0
     words: tuple[str, ...] = ()
 
 
 def finer(declaration: Declaration, found: Fingerprint) -> Gain | None:
     """What the readings show beyond a declaration that leaves the order open; None where they show nothing (AUD-5). Lower bounds
-    count: that many bits were seen to survive."""
+    count: that many bits were seen to survive. Bits count only as far as the parts of K show that all sums have them: of
+    interleaved accumulators a survivor says that it met nothing."""
     if not leaves_open(declaration):
         return None
     main = main_contraction(declaration)
     path = main.datapath
     words: list[str] = []
     fraction, bits, rounding, segment = 0, 0, None, 0
-    if path.fraction_bits and (found.fraction_bits.number or 0) > path.fraction_bits:
-        fraction = found.fraction_bits.number or 0
+    sure = _carried(found)
+    if path.fraction_bits and sure and _at_least(found.fraction_bits) > path.fraction_bits:
+        fraction = _at_least(found.fraction_bits)
         words.append(f"{found.fraction_bits} fraction bits, {path.fraction_bits} declared")
-    if (found.output_bits.number or 0) > path.output_bits:
-        bits = found.output_bits.number or 0
-        words.append(f"{found.output_bits} significand bits, {path.output_bits} declared")
+    if sure > path.output_bits:
+        bits = sure
+        exact = found.output_bits == Reading(bits)
+        words.append(f"{'' if exact else 'at least '}{bits} significand bits, {path.output_bits} declared")
     nearest = found.output_rounding.value == "nearest" and _exact(found.output_bits) is not None
     if nearest and path.output_rounding is Rounding.RZ:
         rounding = Rounding.RNE
@@ -128,7 +150,9 @@ def finer(declaration: Declaration, found: Fingerprint) -> Gain | None:
     if length and not _segment(main) and not main.steps and carried < main.running.precision:
         segment = length
         words.append(f"promotion every {length} of K, none declared")
-    return Gain(fraction, bits, rounding, segment, tuple(words)) if words else None
+    shorter = path.family is Family.FUSED and found.chunk.bound in ("exact", "at most")
+    products = min(found.chunk.number or path.products, path.products) if shorter else 0
+    return Gain(fraction, bits, rounding, segment, products, tuple(words)) if words else None
 
 
 def refined(declaration: Declaration, gain: Gain) -> Declaration:
@@ -141,7 +165,7 @@ def refined(declaration: Declaration, gain: Gain) -> Declaration:
     measured = replace(
         path, name=f"{path.name}_measured", fraction_bits=gain.fraction_bits or path.fraction_bits, output_bits=bits,
         output_rounding=path.output_rounding if gain.rounding is None else gain.rounding, output=F64 if wide else path.output,
-        source="measured by lowbit audit",
+        source="measured by lowbit audit", products=gain.products or path.products,
     )
     narrow = (cast(F32),) if wide else ()
     steps = (*narrow, *main.steps) if main.segment else main.steps

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import pairwise, product
 
 import numpy as np
@@ -203,10 +204,12 @@ CUTS: tuple[Cut, ...] = (
     Cut("group", (512,), (528,), 545),
     Cut("group_wide", (576,), (592,), 609, wide=True),
     Cut("far", (640,), (900,), 770),
+    Cut("strided", (704,), (960,), 832),
 )
 """All within 1,024 of K, each from a multiple of 64 on, so that no node, block or group is shared. `near`: three neighbours.
 `near4`: masks in one pair of pairs. `group`: masks in neighbouring runs of 16, the small product in the third. `carry`: four
-masks add up and are cancelled later, so that the sum is rounded in between. `far`: three runs of 128."""
+masks add up and are cancelled later, so that the sum is rounded in between. `far`: three runs of 128. `strided`: the same modulo
+128, so that it shows what accumulators of every other k, or of every 32nd, hide from arrangements of neighbours."""
 
 LEVELS_OF_A = 32
 """Sizes of the small product by A, at most; with both signs they fill the rows."""
@@ -401,6 +404,7 @@ class Triple:
     output: float
 
 
+@lru_cache(maxsize=4096)
 def held(x: float, fmt: Format) -> bool:
     """Whether a format holds x exactly."""
     return bool(decode(encode(np.array([x]), fmt), fmt)[0] == x)

@@ -20,7 +20,7 @@ import numpy as np
 from .audit_probes import CUTS, Cut, Probed, cut_columns, held, triples
 from .op import Op
 
-__all__ = ["FIELDS", "Fingerprint", "Reading", "fingerprint", "readings_of_cut", "segment_of_order"]
+__all__ = ["FIELDS", "LOSSLESS", "Fingerprint", "Reading", "fingerprint", "readings_of_cut", "segment_of_order"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +65,9 @@ class Fingerprint:
 
 FIELDS = tuple(field.name for field in fields(Fingerprint))
 """Names of the readings, in their order."""
+
+LOSSLESS = "nothing was lost in any probe: the accumulator is wider than the operands span"
+"""Why a fingerprint has no nodes, parts and order."""
 
 _SPAN = "the operands of a probe span only 2^{} there, and nothing was lost"
 _ROUNDINGS = {(1.0, 1.0): "truncated", (1.0, 2.0): "floored", (2.0, 2.0): "nearest", (2.0, 1.0): "raised"}
@@ -359,6 +362,7 @@ _GROUP = 128
 """Largest group of k that shares a scale in a probe."""
 
 _FAR = next(cut for cut in CUTS if cut.name == "far")
+_TOO_FEW = "too few probes can be made far from the masks"
 _AWAY = 256
 """Beyond every node, and beyond the parts of K that hold masks at 0 and 130, where parts are at most 128 long."""
 
@@ -367,13 +371,14 @@ def _direction(survey: _Survey, runs: bool) -> Reading:
     """Whether what comes late in K meets the sum of what comes early."""
     k = survey.k
     head, back = survey.row(0, 130), survey.row(k // 2 - 2, k - 2)
+    between = [state for place, state in back.items() if place > k // 2]
     after = [state for place, state in head.items() if place > _AWAY]
     before = [state for place, state in back.items() if place < k // 2 - _AWAY // 2]
     if len(after) < 3 or len(before) < 3:
-        return _unknown("too few probes can be made far from the masks")
+        return _unknown(_TOO_FEW)
     if not any(after) and any(before):
         return Reading("ascending" if runs else "ascending, nodes interleaved")
-    if all(after) and not any(before):
+    if all(after) and not any(before) and between and all(between):
         return Reading("descending")
     return _unknown("nothing was lost between parts of K") if not any(after) and not any(before) else Reading("mixed")
 
@@ -400,8 +405,8 @@ def fingerprint(op: Op, probes: Iterable[Probed]) -> Fingerprint:
 
 def _combined(cuts: _Cuts, op: Op, orders: Sequence[Probed]) -> Fingerprint:
     short, long = (_survey(op, probe, cuts) for probe in orders)
-    if cuts.widest is None:
-        nothing = _unknown("nothing was lost in any probe: the accumulator is wider than the operands span")
+    if cuts.widest is None and not any(any(row.values()) for survey in (short, long) for row in survey.lost.values()):
+        nothing = _unknown(LOSSLESS)
         return Fingerprint(
             cuts.fraction_bits, cuts.alignment_rounding, cuts.normalised, cuts.output_bits, cuts.output_rounding, nothing,
             nothing, nothing, nothing, nothing,
@@ -413,13 +418,17 @@ def _combined(cuts: _Cuts, op: Op, orders: Sequence[Probed]) -> Fingerprint:
     if tail == short.k:
         if far is not None and far.exact:
             fraction, bits = _raised(fraction, far.bits), _raised(bits, far.bits + 1)
-    elif not _three_parts(short, segment, tail):
+    elif not _three_parts(short, segment, tail) or (segment.value is None and (far is None or not far.exact)):
         running = _unknown("the probes do not lie in three parts of K whose sums are added one after the other")
     elif far is not None:
         running = Reading(far.bits + 1) if far.exact else Reading(far.bits + 1, "at least", _SPAN.format(far.kept))
+    order = _direction(short, runs)
+    if not str(order.value).startswith("ascending") and order.why != _TOO_FEW:
+        fraction, bits = _unordered(fraction), _unordered(bits)
+        if order.value == "descending":
+            chunk = segment = splits = running = _unknown("the probes of nodes and parts take an order that ascends")
     return Fingerprint(
-        fraction, cuts.alignment_rounding, cuts.normalised, bits, cuts.output_rounding, chunk, segment, splits, running,
-        _direction(short, runs),
+        fraction, cuts.alignment_rounding, cuts.normalised, bits, cuts.output_rounding, chunk, segment, splits, running, order,
     )
 
 
@@ -430,6 +439,14 @@ def _three_parts(survey: _Survey, segment: Reading, tail: int | None) -> bool:
         return within <= _GROUP and max(_starts(survey, within) or {0}) <= _FAR.masks[0]
     begins = sorted((_starts(survey, 0) or set()) | {survey.k - (tail or survey.k)})
     return len({sum(begin <= place for begin in begins) for place in (*_FAR.masks, _FAR.small, *_FAR.cancel)}) == 3
+
+
+def _unordered(reading: Reading) -> Reading:
+    """What is left of a number of bits where products may have met in another order than that of k, or never: a loss that was
+    seen bounds it from above, a survivor says nothing."""
+    if reading.bound == "exact":
+        return replace(reading, bound="at most", why="the order of K does not ascend")
+    return _unknown("the order of K does not ascend: what survived may have met nothing")
 
 
 def _raised(reading: Reading, bits: int) -> Reading:

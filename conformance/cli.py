@@ -561,7 +561,7 @@ def convert(
     try:
         from .evals import convert as room
     except ImportError as error:
-        raise Stop(ExitCode.USAGE, f"convert needs torch, which is not installed ({error}); install lowbit[torch]") from error
+        raise Stop(ExitCode.USAGE, f"convert needs torch, which is not installed ({error}); install lowbit[evals]") from error
     try:
         found = room.convert(source, target, told=_told)
     except OSError as error:

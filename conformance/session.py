@@ -236,13 +236,13 @@ class Session:
         key = (item.case, tactic)
         if key not in self._probes:
             verdict, outputs = self._compute(op, item, tactic, declaration)
-            if "d" in outputs:
-                wrong = audit_findings.contradiction(
-                    op, item.case, probe_operands(op, item.case), declaration, outputs["d"]
-                )
-                if verdict.status is Status.DRIFT:
-                    verdict = replace(verdict, clause="AUD-2" if audit_findings.known_order(declaration) else "AUD-3")
-                elif wrong:
+            known = audit_findings.known_order(declaration)
+            if verdict.status is Status.DRIFT:
+                verdict = replace(verdict, clause="AUD-2" if known else "AUD-3")
+            elif "d" in outputs and not known:
+                operands = probe_operands(op, item.case)
+                wrong = audit_findings.contradiction(op, item.case, operands, declaration, outputs["d"])
+                if wrong:
                     verdict = replace(verdict, status=Status.DRIFT, reason=wrong, clause="AUD-4")
             worst = verdict.worst if verdict.wrong else None
             self._probes[key] = replace(verdict, ulp_histogram={}, heat=(), worst=worst), outputs.get("d")

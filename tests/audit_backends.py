@@ -87,3 +87,16 @@ class Hiding(Said):
 
 hiding = Hiding(simulator.backend("blackwell_f8f6f4"), simulator.backend("hopper_wgmma_fp8"), True)
 """25 bits and a dropped tail of K, hidden behind 13 bits in unknown order."""
+
+
+@dataclass(frozen=True)
+class Partial(Said):
+    """Takes no product of K = 2,048, and so not every probe of any product."""
+
+    def supports(self, problem: Problem) -> str | None:
+        """Where both simulators take the problem, but for one K."""
+        return "K = 2,048 is not mine" if problem.dim("k") == 2048 else Said.supports(self, problem)
+
+
+partial = Partial(finer.runs, finer.says, True)
+"""25 bits where 13 are declared, and one probe refused."""

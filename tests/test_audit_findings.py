@@ -15,6 +15,9 @@ import pytest
 
 from lowbit.conformance import audit_findings as findings
 from lowbit.conformance import audit_table, simulator
+from lowbit.conformance.audit import audit
+from lowbit.conformance.audit_probes import battery, probe_operands
+from lowbit.conformance.audit_readings import FIELDS, Fingerprint, Reading
 from lowbit.conformance.html import page
 from lowbit.conformance.op import parse_problem, tensors_of
 from lowbit.conformance.ops import ops
@@ -26,7 +29,7 @@ from lowbit.conformance.verdict import Status, Verdict
 from lowbit.conformance.worker import Worker
 from lowbit.references.datapaths import DATAPATHS
 from lowbit.references.declarations import Claim, Contraction, Declaration, Order
-from lowbit.references.formats import F64
+from lowbit.references.formats import BF16, F64, code_of_key
 from lowbit.references.interpret import bound
 
 
@@ -135,6 +138,40 @@ def test_order_nodes_and_splits_are_not_held_against_an_unknown_order() -> None:
     assert found("split").record.standing == CONSISTENT
 
 
+@pytest.mark.parametrize(("change", "said"), [
+    ({"fraction_bits": 12}, "12 bits below the largest product are kept, 13 are declared (hopper_wgmma_fp8)"),
+    ({"output_bits": 13}, "a sum carries 13 significand bits, 14 are declared (hopper_wgmma_fp8)"),
+    ({}, ""),
+], ids=str)
+def test_one_bit_less_than_declared_contradicts_an_unknown_order(change: dict[str, int], said: str) -> None:
+    """AUD-4, though every output lies in the interval of ADM-2."""
+    problem = parse_problem(W8, ops())
+    op, case = ops()[problem.op], battery(ops()[problem.op], problem)[2]
+    operands, declared = probe_operands(op, case), _declared("hopper_wgmma_fp8", Order.UNKNOWN)
+    path = replace(DATAPATHS["hopper_wgmma_fp8"], **change)  # type: ignore[arg-type]
+    computed = op.expect(case, operands, Declaration(simulator.simulated_program(op, problem, path), Claim.BIT_EXACT))["d"]
+    codes = code_of_key(computed.lo, computed.format)
+    assert op.expect(case, operands, declared)["d"].admits(codes).all()
+    assert findings.contradiction(op, case, operands, declared, codes) == said
+
+
+def test_promotion_half_as_often_as_declared_contradicts_an_unknown_order() -> None:
+    problem = parse_problem(W8, ops())
+    op, case = ops()[problem.op], battery(ops()[problem.op], problem)[0]
+    operands, computing = probe_operands(op, case), simulator.backend("hopper_wgmma_fp8,segment=256").declare(problem, "default")
+    codes = code_of_key(op.expect(case, operands, replace(computing, claim=Claim.BIT_EXACT))["d"].lo, BF16)
+    said = findings.contradiction(op, case, operands, _declared("hopper_wgmma_fp8,segment=128", Order.UNKNOWN), codes)
+    assert said == "256 of K are summed in one accumulator, promotion every 128 is declared"
+    assert findings.contradiction(op, case, operands, _declared("hopper_wgmma_fp8,segment=256", Order.UNKNOWN), codes) == ""
+
+
+@pytest.mark.parametrize(("other", "same"), [
+    ("hopper_wgmma_fp8", True), ("hopper_wgmma_fp8,splits=2", False), ("hopper_wgmma_fp8,segment=128", False), ("ada_fp8", False),
+])
+def test_what_was_measured_holds_for_the_same_sum_alone(other: str, same: bool) -> None:
+    assert findings.alike(_declared("hopper_wgmma_fp8"), _declared(other)) is same
+
+
 @pytest.mark.parametrize("name", ["finer", "wider", "nearest", "promoted"])
 def test_what_was_measured_takes_the_place_of_what_was_declared(name: str) -> None:
     """AUD-5: the interval by the measured numbers lies within the one by the declared numbers, and is narrower somewhere."""
@@ -174,6 +211,19 @@ def test_a_fault_behind_a_loose_declaration_shows_by_what_was_measured() -> None
     assert verdict.declared == "measured: 25 fraction bits, 13 declared; 24 significand bits, 14 declared"
     (passing,) = run_one(str(item.case), said("finer"))
     assert (passing.status, passing.declared) == (Status.WITHIN, verdict.declared)
+
+
+def test_nodes_shorter_than_declared_round_more_often() -> None:
+    """By hand, ADM-2: nodes of 4 at F = 23 and P = 24 lose 8 (5 + 1) 2^-23 over 32 of K, one node of 32 would lose 34 2^-23."""
+    nothing = Reading(None, "none", "not asked")
+    readings = Fingerprint(**{name: nothing for name in FIELDS} | {
+        "fraction_bits": Reading(23), "output_bits": Reading(24), "chunk": Reading(4), "segment": Reading(0),
+        "splits": Reading(1),
+    })
+    declared = _declared("hopper_wgmma_fp8", Order.UNKNOWN)
+    gain = findings.finer(declared, readings)
+    assert gain is not None
+    assert findings.main_contraction(findings.refined(declared, gain)).datapath.products == 4
 
 
 # Levels and reports --------------------------------------------------------------------------------------------------
@@ -273,3 +323,9 @@ def test_ends_of_the_command(
     done = inside(*arguments)
     assert done.returncode == code
     assert why in done.stderr
+
+
+def test_a_product_of_which_a_probe_is_refused_is_not_measured() -> None:
+    """AUD-7: this arithmetic is finer than declared where all probes are taken; here nothing is found, and nothing said."""
+    assert {row.standing for row in audit(said("finer"), ("gemm_w4a8_fp8",)).findings} == {FINER}
+    assert audit(said("partial"), ("gemm_w4a8_fp8",)).findings == ()

@@ -78,8 +78,6 @@ THIRD_PARTY: dict[str, tuple[str, ...]] = {
     "hypothesis": ("lowbit.conformance.plugin", "lowbit.conformance.strategies", "lowbit.conformance.suite.*"),
     "pytest": ("lowbit.conformance.plugin", "lowbit.conformance.suite.*"),
     "scipy": ("lowbit.conformance.evals.*",),
-    "tokenizers": ("lowbit.conformance.evals.*",),
-    "transformers": ("lowbit.conformance.evals.*",),
     "cutlass": ("lowbit.kernels.blackwell_room.*",),
     "cuda": ("lowbit.kernels.blackwell_room.*",),
     "triton": KERNELS,

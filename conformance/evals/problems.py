@@ -1,4 +1,4 @@
-"""Arithmetic word problems in the format of GSM8K, from a seed: what the embedded model is trained and asked on.
+"""Arithmetic word problems in the format of GSM8K, from a seed: what a small model can be trained and asked on.
 
 Decides: texts, solutions with calculator marks, answers, and which problems are held out. A problem is a fact about
 somebody's things and two to four steps that change their number; every step is one line of the solution.
