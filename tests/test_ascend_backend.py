@@ -6,6 +6,7 @@ as `lowbit certify` judges them. The kernels are compiled once per machine and c
 
 from __future__ import annotations
 
+import platform
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -487,7 +488,7 @@ def test_processes_that_build_at_once_never_see_half_a_library(slow: Path, capsy
 def test_a_library_is_of_one_kind_of_machine(slow: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A home that x86-64 and aarch64 hosts share, with compilers of one version."""
     first = emulated_library(ENTRIES["pack_int4"])
-    monkeypatch.setattr(build.platform, "machine", lambda: "another")
+    monkeypatch.setattr(platform, "machine", lambda: "another")
     assert emulated_library(ENTRIES["pack_int4"]).parent != first.parent
 
 
