@@ -28,13 +28,13 @@ from rich.text import Text
 from . import report as reports
 from . import waivers as waivers_room
 from .audit_table import headline
-from .backend import EXECUTIONS, BackendError, backend_names, execution_of, find_backend
+from .backend import EXECUTIONS, NEVER_EXECUTED, BackendError, backend_names, execution_of, find_backend
 from .exit_codes import ExitCode
 from .op import DomainError
 from .ops import ops
 from .report import MergeError, OutputError, ReportError
 from .selection import CONTRACT, case_list
-from .verdict import FAILING, NEVER_EXECUTED, Status, Verdict
+from .verdict import FAILING, Status, Verdict
 from .waivers import WaiverError
 from .worker import WorkerError
 

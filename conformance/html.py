@@ -21,9 +21,10 @@ from jinja2 import Environment, StrictUndefined
 
 from .audit_readings import FIELDS
 from .audit_table import HEADS, headline, name_of, row_of, unread
+from .backend import NEVER_EXECUTED
 from .case import Case
 from .report import AS_CONTRACT, CONSISTENT, REFUTED, CodeCoverage, Report, op_of, sentence, where_executed
-from .verdict import FAILING, NEVER_EXECUTED, PASSING, Status, Verdict
+from .verdict import FAILING, PASSING, Status, Verdict
 
 __all__ = ["SECTIONS", "page"]
 

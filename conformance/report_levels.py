@@ -12,8 +12,9 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import fields
 from typing import Literal
 
+from .backend import NEVER_EXECUTED
 from .report_records import AS_CONTRACT, JUDGED, LEVELS, Claim, Failure, Level, LevelResult, OpCounts, Totals
-from .verdict import FAILING, NEVER_EXECUTED, PASSING, Execution, Status, Verdict
+from .verdict import FAILING, PASSING, Execution, Status, Verdict
 
 __all__ = [
     "claims_of", "computed", "counted", "counts_of", "failures_of", "granted", "op_of", "power_of", "sentence", "totals_of",

@@ -20,6 +20,7 @@ from lowbit.references.interpret import ProgramError
 from . import audit_findings, properties, report, stability, tensors, vectors, waivers
 from .audit_probes import PATTERNS as AUDITS
 from .audit_probes import Probed, battery, check_room, probe_operands, probed, problems, subject_of
+from .backend import NEVER_EXECUTED
 from .bounds import accumulator_bits, check_declaration, gemm_expect, power, restrict, sample_of
 from .case import Case, Operands, Problem
 from .op import DomainError, Expectation, Op, parse_case, parse_problem, tensors_of
@@ -27,7 +28,7 @@ from .ops import ops
 from .patterns import draw_operands, lane_of, level_of, rows_probed
 from .selection import Listed
 from .stability import Finding, Refused
-from .verdict import NEVER_EXECUTED, PASSING, Execution, Judgement, Kernel, Status, Verdict, digest_outputs, judge_outputs
+from .verdict import PASSING, Execution, Judgement, Kernel, Status, Verdict, digest_outputs, judge_outputs
 from .worker import Ending, Fault, Outcome, Variation, Worker, WorkerError
 
 __all__ = [

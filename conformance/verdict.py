@@ -20,7 +20,7 @@ from lowbit.references.rounding import Overflow, Rounding, encode
 from .op import Expectation, Flag, in_format
 
 __all__ = [
-    "FAILING", "NEVER_EXECUTED", "PASSING", "Execution", "Judgement", "Kernel", "Status", "Verdict", "Worst", "digest_outputs",
+    "FAILING", "PASSING", "Execution", "Judgement", "Kernel", "Status", "Verdict", "Worst", "digest_outputs",
     "judge_outputs",
 ]
 
@@ -50,10 +50,6 @@ class Execution(StrEnum):
     EXECUTED = "executed"  # on the device of the target
     EMULATED = "emulated"  # by a model or an emulation of it
     COMPILED = "compiled"  # compiled only; never a passing verdict
-
-
-NEVER_EXECUTED = "compiled, never executed on a device"
-"""What is said of every problem of a backend that cannot run where it is judged."""
 
 
 class Kernel(StrEnum):

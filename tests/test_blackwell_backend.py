@@ -23,7 +23,7 @@ import pytest
 import torch
 
 from lowbit.conformance import cli
-from lowbit.conformance.backend import Declaration, Problem, TensorView
+from lowbit.conformance.backend import NEVER_EXECUTED, Declaration, Problem, TensorView
 from lowbit.conformance.bounds import check_declaration
 from lowbit.conformance.case import Operands, Tensor
 from lowbit.conformance.op import Role, outside_domain, parse_case, parse_problem, tensors_of
@@ -32,7 +32,7 @@ from lowbit.conformance.patterns import draw_operands
 from lowbit.kernels import cuda_blackwell
 from lowbit.kernels.blackwell_room import launch as room
 from lowbit.kernels.blackwell_room.declare import TRITON, declaration, in_one_cast
-from lowbit.kernels.blackwell_room.device import NEVER_EXECUTED, Device, DeviceFault, Sight, look_through
+from lowbit.kernels.blackwell_room.device import Device, DeviceFault, Sight, look_through
 from lowbit.kernels.blackwell_room.schedule import CONFIGS
 from lowbit.kernels.cuda_blackwell import CudaBlackwell
 from lowbit.references.datapaths import DATAPATHS

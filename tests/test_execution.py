@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 
 from lowbit.conformance import cli, report
-from lowbit.conformance.backend import BackendError, execution_of
+from lowbit.conformance.backend import NEVER_EXECUTED, BackendError, execution_of
 from lowbit.conformance.bundle import record, replay
 from lowbit.conformance.exit_codes import ExitCode
 from lowbit.conformance.html import page
 from lowbit.conformance.run import Plan, certify, run_one
-from lowbit.conformance.verdict import NEVER_EXECUTED, PASSING, Execution, Status
+from lowbit.conformance.verdict import PASSING, Execution, Status
 
 CASE = "gemm_w4a8_int8/direct/m3n8k64g32/f16.nobias/normal/s1"
 

@@ -13,13 +13,13 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-__all__ = ["MAJOR", "NEVER_EXECUTED", "Device", "DeviceFault", "Query", "Sight", "chosen", "look", "look_through", "why_compiled"]
+from lowbit.conformance.backend import NEVER_EXECUTED
+
+__all__ = ["MAJOR", "Device", "DeviceFault", "Query", "Sight", "chosen", "look", "look_through", "why_compiled"]
 
 MAJOR = 10
 """Major number of the compute capability that the kernel is compiled for (10.0: B200, 10.3: B300). 12.x has no tcgen05 (PTX ISA,
 target notes of tcgen05); 11.x has it, but needs code of its own, which is not built here."""
-
-NEVER_EXECUTED = "compiled, never executed on a device"
 
 _DRIVER = Path("/proc/driver/nvidia/gpus")
 """Where the Linux driver lists its devices, whatever torch was built for."""
