@@ -52,9 +52,11 @@ LOWBIT_DEVICE Wide cut(Wide x, int right) {
 
 // Codes ---------------------------------------------------------------------------------------------------------------
 
-// One code of a float format F, its significand cut to its upper `bits` bits (0: all).
+// One code of a float format F, cut to the upper `bits` bits of its significand (0: all) before it is taken for anything.
 template <class F>
 LOWBIT_DEVICE Number take_float(Word code, int bits) {
+  const int dropped = bits ? F::mantissa_bits + 1 - bits : 0;
+  code = code >> dropped << dropped;
   if (F::kind == EXPONENT) return Number{1, (int)code - F::bias, code == 255 ? 2 : 0};
   const Word ones = (1u << F::exponent_bits) - 1, below = (1u << F::mantissa_bits) - 1;
   const Word magnitude = code & ((1u << (F::exponent_bits + F::mantissa_bits)) - 1);
@@ -64,7 +66,6 @@ LOWBIT_DEVICE Number take_float(Word code, int bits) {
   if (F::nan == IEEE_NAN && field == ones) return Number{0, 1 - F::bias, fraction ? 2 : sign};
   if (F::nan == ALL_ONES_NAN && magnitude == ((ones << F::mantissa_bits) | below)) return Number{0, 1 - F::bias, 2};
   const int significand = (int)(fraction | (field ? below + 1 : 0));
-  const int dropped = bits ? F::mantissa_bits + 1 - bits : 0;
   return Number{sign * (significand >> dropped), exponent, 0};
 }
 

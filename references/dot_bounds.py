@@ -76,7 +76,7 @@ def prepare(
         raise ValueError(f"{path.name}: got a prefix of shape {before.value.shape}, expected {(m, n)}")
     read_a, read_w = read(a, path), read(w, path)
     left, right = weights(read_a), weights(read_w)
-    given_a, given_w = values(a), values(w)
+    given_a, given_w = _given(a, read_a), _given(w, read_w)
     dot = dot_exact(given_a, given_w)
     with np.errstate(invalid="ignore", over="ignore"):
         total, error = two_sum(before.value, dot.value)
@@ -90,6 +90,12 @@ def prepare(
         )
         slack = np.where(size < 2.0**53 * low, 0.0, (k + 4) * 2.0**-52 * size)
     return left, right, Enclosure(initial, before.radius), exact, slack
+
+
+def _given(op: Operand, lanes: Lanes) -> Reals:
+    """Values of an operand as given; special ones as the unit reads them (tf32 takes some NaN for infinities)."""
+    value = values(op)
+    return np.where(np.isfinite(value), value, lanes.value[:, : value.shape[1]])
 
 
 def _reading_loss(a: Reals, w: Reals, left: Weights, right: Weights, path: Datapath) -> Reals | float:

@@ -54,7 +54,8 @@ def _cut(x: torch.Tensor, right: torch.Tensor, rounding: Rounding) -> torch.Tens
 
 def _take_apart(codes: Codes, fmt: Format, device: torch.device, bits: int = 0) -> _Numbers:
     """Codes of a float or E8M0 format; only the upper `bits` significand bits are used (0: all)."""
-    raw = torch.from_numpy(codes.astype(np.int64)).to(device)
+    dropped = fmt.precision - bits if bits else 0
+    raw = torch.from_numpy(codes.astype(np.int64)).to(device) >> dropped << dropped
     zero = torch.zeros_like(raw)
     if fmt.kind is Kind.EXPONENT:
         return _Numbers(zero + 1, raw - fmt.bias, torch.where(raw == 255, 2, zero))
@@ -68,7 +69,6 @@ def _take_apart(codes: Codes, fmt: Format, device: torch.device, bits: int = 0) 
     elif fmt.nan is Nan.ALL_ONES:
         special = torch.where(magnitude == magnitude.new_tensor((ones + 1 << fmt.mantissa_bits) - 1), 2, zero)
     significand = fraction + torch.where(field > 0, 1 << fmt.mantissa_bits, zero)
-    dropped = fmt.precision - bits if bits else 0
     significand = sign * (significand >> dropped)
     return _Numbers(torch.where(special == 0, significand, zero), field.clamp(min=1) - fmt.bias, special)
 

@@ -107,6 +107,13 @@ def test_the_definition_is_met_on_every_kind_of_operand_and_start(name: str, hos
         assert results["nan"]
 
 
+def test_operands_are_cut_before_specials_are_told(host: Host) -> None:
+    """tf32 reads the upper ten of 23 fraction bits: 0x7F800001 times 1 is an infinity, 0x7F802000 a NaN (E9 on H200)."""
+    words = Operand(np.array([[0x3F801FFF], [0x7F800001], [0xFF801FFF], [0x7F802000]], np.uint32), F32)
+    got = host(words, Operand(np.array([[0x3F800000]], np.uint32), F32), "hopper_tf32")
+    assert got[0, :, 0].tolist() == [0x3F800000, 0x7F800000, 0xFF800000, 0x7FFFFFFF]
+
+
 def start_codes(start: Reals, path: Datapath) -> Codes:
     return start.astype(np.int32).view(np.uint32) if path.family is Family.INTEGER else held_codes(start, path)
 

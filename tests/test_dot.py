@@ -467,6 +467,15 @@ def test_malformed_bounds_are_refused() -> None:
         agnostic_bound(wide, wide, DATAPATHS["imma_s32_satfinite"])
 
 
+def test_bounds_take_special_operands_as_the_unit_reads_them() -> None:
+    """A NaN by its lowest 13 bits is an infinity to a tf32 unit, and its product the same."""
+    words = Operand(np.array([[0x7F800001], [0xFF801FFF], [0x7F802000]], np.uint32), F32)
+    one = Operand(np.array([[0x3F800000]], np.uint32), F32)
+    for name in ("hopper_tf32", "cdna3_xf32"):
+        for found in (running_bound(words, one, DATAPATHS[name]), agnostic_bound(words, one, DATAPATHS[name])):
+            assert np.array_equal(found.value[:, 0], [np.inf, -np.inf, np.nan], equal_nan=True)
+
+
 def test_what_a_unit_drops_on_reading_counts_as_its_error() -> None:
     # tf32 keeps 11 bits: 1 + 2^-11 is read as 1. CDNA2 reads the f16 subnormal 2^-24 as zero.
     x = Operand(np.array([[1.0 + 2.0**-11]], dtype=np.float32).view(np.uint32), F32)
