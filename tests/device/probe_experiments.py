@@ -1,4 +1,4 @@
-"""Experiments E1 to E12: single matrix instructions on operands chosen by hand, as data.
+"""Experiments E1 to E14: single matrix instructions on operands chosen by hand, as data.
 
 Decides: what is asked of an instruction, what the datapath record says it answers (worked out by hand, not by the emulator), and
 which other answer each excluded alternative would give. Answers are bits of D.
@@ -10,6 +10,7 @@ a product of 2^14 in the node the unit is 2.
 
 from __future__ import annotations
 
+import math
 import struct
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -17,7 +18,7 @@ from dataclasses import dataclass, field
 __all__ = ["EXPERIMENTS", "Experiment", "Row", "bits_of"]
 
 Answer = int | float
-"""A result or an accumulator: an int is bits, a float is a value of the format of D."""
+"""A result, an accumulator or an operand: an int is bits, a float is a value of the format."""
 
 
 def bits_of(answer: Answer, d: str) -> int:
@@ -32,8 +33,8 @@ class Row:
     """One dot product. Elements that are not named are `rest`. NaN and infinities are values like others."""
 
     note: str
-    a: Mapping[int, float]
-    w: Mapping[int, float]
+    a: Mapping[int, Answer]
+    w: Mapping[int, Answer]
     c: Answer
     predicted: Answer
     excluded: Mapping[str, Answer] = field(default_factory=dict)  # alternative -> its answer
@@ -56,11 +57,11 @@ _INF, _NAN = float("inf"), float("nan")
 _NAN32 = 0x7FFFFFFF
 
 
-def _pairs(*products: tuple[float, float]) -> tuple[dict[int, float], dict[int, float]]:
+def _pairs(*products: tuple[Answer, Answer]) -> tuple[dict[int, Answer], dict[int, Answer]]:
     return {k: a for k, (a, _) in enumerate(products)}, {k: w for k, (_, w) in enumerate(products)}
 
 
-def _row(note: str, products: tuple[tuple[float, float], ...], c: Answer, predicted: Answer, **excluded: Answer) -> Row:
+def _row(note: str, products: tuple[tuple[Answer, Answer], ...], c: Answer, predicted: Answer, **excluded: Answer) -> Row:
     a, w = _pairs(*products)
     different = {name.replace("_", " "): answer for name, answer in excluded.items() if answer != predicted}
     return Row(note, a, w, c, predicted, different)
@@ -213,6 +214,17 @@ def _specials() -> Iterator[Experiment]:
         ))
 
 
+def _cut_operands() -> Iterator[Experiment]:
+    """E9: tf32 operands are binary32 words whose lowest 13 bits are not read, not even to tell a NaN from an infinity."""
+    for name in ("wgmma_n64k8_f32_tf32_tf32", "mma_k8_f32_tf32_tf32", "mma_k4_f32_tf32_tf32"):
+        yield Experiment("E9", f"What do the lowest 13 bits of an operand do in {name}?", name, (
+            _row("1 + 2^-10 - 2^-23", ((0x3F801FFF, 1.0),), 0.0, 1.0, to_nearest=1.0 + 2.0**-10),
+            _row("NaN by its lowest bit", ((0x7F800001, 1.0),), 0.0, 0x7F800000, a_NaN=_NAN32),
+            _row("-NaN by 13 bits", ((0xFF801FFF, 1.0),), 0.0, 0xFF800000, a_NaN=_NAN32),
+            _row("NaN by the 14th bit", ((0x7F802000, 1.0),), 0.0, _NAN32, an_infinity=0x7F800000),
+        ))
+
+
 def _emulated() -> Iterator[Experiment]:
     """E10: mma.sync on fp8 is made of f16 instructions: c joins last, by an addition of its own, and k comes in runs of two."""
     name = "mma_k32_f32_e4m3_e4m3"
@@ -258,8 +270,106 @@ def _wide() -> Iterator[Experiment]:
             yield Experiment("E11", f"Which products of {k} share a node of {name}?", name, tuple(rows), 4)
 
 
+def _halves(x: float) -> tuple[float, float]:
+    """Two powers of two, of nearly the same exponent, whose product is the power of two x."""
+    exponent = math.frexp(x)[1] - 1
+    half = max(exponent // 2, -9) if exponent >= -25 else exponent // 2  # 2^-9 is the least that e4m3 holds
+    return 2.0**half, 2.0 ** (exponent - half)
+
+
+def _minus(x: float) -> tuple[float, float]:
+    left, right = _halves(x)
+    return -left, right
+
+
+def _small_terms() -> Iterator[Experiment]:
+    """E13: where terms that are zero or subnormal stand when a node looks for its largest exponent. A zero stands at 2^-133 (f32)
+    or 2^-21 (f16), which only smaller products can show; a subnormal stands at the least exponent of its format."""
+    tiny = 2.0**-149  # the last place of a subnormal binary32: 2^-149 - e is 0 where e is seen, 2^-149 where it is cut
+    for name in ("wgmma_n64k16_f32_bf16_bf16", "mma_k16_f32_bf16_bf16", "wgmma_n64k8_f32_tf32_tf32", "mma_k8_f32_tf32_tf32",
+                 "mma_k4_f32_tf32_tf32"):
+        yield Experiment("E13", f"Where do zeros and a subnormal c stand in {name}?", name, (
+            _row("2^-149 - 2^-158", (_halves(tiny), _minus(2.0**-158)), 0.0, 0.0, zeros_stand_above=tiny),
+            _row("2^-149 - 2^-159", (_halves(tiny), _minus(2.0**-159)), 0.0, tiny, zeros_stand_below=0.0),
+            _row("c = 2^-149, - 2^-151", (_minus(2.0**-151),), 1, 0.0, F_is_24=tiny),
+            _row("c = 2^-149, - 2^-152", (_minus(2.0**-152),), 1, tiny, c_stands_where_its_value_does=0.0),
+        ))
+    half = 2.0**-25  # a tie between 0 and the smallest f16
+    for name in ("wgmma_n64k16_f16_f16_f16", "mma_k16_f16_f16_f16"):
+        yield Experiment("E13", f"Where do zeros stand in {name}?", name, (
+            _row("2^-25 + 2^-46", (_halves(half), _halves(2.0**-46)), 0.0, 2.0**-24, zeros_stand_above=0.0),
+            _row("2^-25 + 2^-47", (_halves(half), _halves(2.0**-47)), 0.0, 0.0, zeros_stand_below=2.0**-24),
+        ))
+    # The smallest product of e5m2 is 2^-32: with F = 13 it is kept wherever zeros stand below 2^-18.
+    yield Experiment("E13", "Do zeros stand below 2^-18 in wgmma from fp8 to f16?", "wgmma_n64k32_f16_e5m2_e5m2", (
+        _row("2^-25 + 2^-32", (_halves(half), _halves(2.0**-32)), 0.0, 2.0**-24, zeros_stand_above=0.0),
+    ))
+    # (instruction, smallest subnormal of A, largest power of two of W, least exponent of A, F): the unit follows from the least
+    # exponent of the format, not from the value.
+    for name, small, large, least, kept in (
+        ("wgmma_n64k32_f32_e4m3_e4m3", 2.0**-9, 8, -6, 13), ("wgmma_n64k32_f32_e5m2_e5m2", 2.0**-16, 15, -14, 13),
+        ("wgmma_n64k16_f32_f16_f16", 2.0**-24, 15, -14, 25), ("mma_k16_f32_f16_f16", 2.0**-24, 15, -14, 25),
+        ("wgmma_n64k16_f32_bf16_bf16", 2.0**-133, 127, -126, 25), ("mma_k16_f32_bf16_bf16", 2.0**-133, 127, -126, 25),
+        ("wgmma_n64k8_f32_tf32_tf32", 2.0**-136, 127, -126, 25), ("mma_k4_f32_tf32_tf32", 2.0**-136, 127, -126, 25),
+        ("mma_k32_f32_e5m2_e5m2", 2.0**-16, 15, -14, 25),
+    ):
+        left, unit = small * 2.0**large, 2.0 ** (least + large - kept)
+        yield Experiment("E13", f"Where does a subnormal operand stand in {name}?", name, (
+            _row("one unit of the format's least exponent", ((small, 2.0**large), _minus(unit)), 0.0, left - unit,
+                 stands_higher=left),
+            _row("half of it", ((small, 2.0**large), _minus(unit / 2)), 0.0, left, stands_where_its_value_does=left - unit / 2),
+        ))
+    # mma.sync converts e4m3 to f16 first, where 2^-9 is a normal value: the unit is 2^(-9 + 15 - 25).
+    yield Experiment("E13", "Is a subnormal of e4m3 a normal f16 in mma.sync?", "mma_k32_f32_e4m3_e5m2", (
+        _row("2^6 - 2^-17", ((2.0**-9, 2.0**15), _minus(2.0**-17)), 0.0, 64.0 - 2.0**-17, stands_higher=64.0),
+    ))
+
+
+def _ties() -> Iterator[Experiment]:
+    """E14: an f16 result is rounded to nearest even, so that a tie tells whether anything was left behind it: the tie 1 + 2^-11
+    rounds down to 1, and up where more was kept."""
+    nothing = (0.0, 0.0)
+    one, tie, odd = (1.0, 1.0), _halves(2.0**-11), _halves(2.0**-10)
+    # (instruction, F, a subnormal of A, a power of two of W, exponent at which their product stands)
+    for name, kept, small, large, stands in (
+        ("wgmma_n64k16_f16_f16_f16", 25, 2.0**-24, 15, 1), ("mma_k16_f16_f16_f16", 25, 2.0**-24, 15, 1),
+        ("mma_k32_f16_e5m2_e5m2", 25, 2.0**-16, 15, 1), ("mma_k32_f16_e4m3_e5m2", 25, 2.0**-9, 15, 6),
+        ("wgmma_n64k32_f16_e5m2_e5m2", 13, 0.0, 0, 0), ("wgmma_n64k32_f16_e4m3_e4m3", 13, 2.0**-9, 8, 2),
+    ):
+        def row(note: str, terms: tuple[tuple[float, float], ...], predicted: float, **excluded: float) -> Row:
+            spread = tuple(pair for i in range(0, len(terms), 2) for pair in (*terms[i : i + 2], nothing, nothing))
+            return _row(note, spread if name.startswith("mma_k32") else terms, 0.0, predicted, **excluded)  # noqa: B023
+
+        last, below = _halves(2.0**-kept), _minus(2.0 ** (-kept - 1))
+        rows = [
+            row("1 + 2^-11 + 2^-F", (one, tie, last), 1.0 + 2.0**-10, one_bit_less=1.0),
+            row("2.25 + 2^-10 + 2^-F", ((1.5, 1.5), odd, last), 2.25 + 2.0**-9, renormalised=2.25),
+        ]
+        if not (kept == 25 and "e4m3" in name):  # the least product of e4m3 and e5m2 is 2^-25
+            rows += [
+                row("1 + 2^-11 + 2^-(F + 1)", (one, tie, _halves(2.0 ** (-kept - 1))), 1.0, one_bit_more=1.0 + 2.0**-10),
+                row("1 + 2^-10 + 2^-11 - 2^-(F + 1)", (one, odd, tie, below), 1.0 + 2.0**-9, floor=1.0 + 2.0**-10),
+            ]
+        left, unit = small * 2.0**large, 2.0 ** (stands - kept)
+        if kept == 25:
+            ends = left, left * (1.0 + 2.0**-10)
+            rows += [
+                row("a subnormal, a tie, one unit", ((small, 2.0**large), _halves(left / 2048), _halves(unit)), ends[1],
+                    stands_higher=ends[0]),
+                row("a subnormal, a tie, half a unit", ((small, 2.0**large), _halves(left / 2048), _halves(unit / 2)), ends[0],
+                    stands_lower=ends[1]),
+            ]
+        elif small:
+            rows += [
+                row("a subnormal and one unit", ((small, 2.0**large), _minus(unit)), left - unit, stands_higher=left),
+                row("a subnormal and half a unit", ((small, 2.0**large), _minus(unit / 2)), left, stands_lower=left - unit / 2),
+            ]
+        yield Experiment("E14", f"What do ties show of {name}?", name, tuple(rows))
+
+
 _GROUPS: tuple[Callable[[], Iterator[Experiment]], ...] = (
-    _output_width, _alignment, _stagnation, _order, _integers, _specials, _emulated, _wide,
+    _output_width, _alignment, _stagnation, _order, _integers, _specials, _cut_operands,
+    _emulated, _wide, _small_terms, _ties,
 )
 EXPERIMENTS: tuple[Experiment, ...] = tuple(experiment for group in _GROUPS for experiment in group())
-"""E1 to E11. E12 asks for invariances, which have no answer by hand: see run_probes.py."""
+"""E1 to E11, E13 and E14. E12 asks for invariances, which have no answer by hand: see run_probes.py."""

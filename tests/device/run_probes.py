@@ -35,7 +35,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from probe_experiments import EXPERIMENTS, Experiment, bits_of
-from probe_fingerprints import FINGERPRINTS, Fingerprint, Product, Shape, fingerprint
+from probe_fingerprints import FINGERPRINTS, Fingerprint, Product, Shape, fingerprint, told
 
 from lowbit.kernels import hopper_probes
 from lowbit.kernels.hopper_probes import INSTRUCTIONS, TYPES, Instruction, Probe, wgmma_of
@@ -176,7 +176,7 @@ def draw_operand(generator: torch.Generator, shape: tuple[int, ...], fmt: Format
 def draw_start(generator: torch.Generator, a: torch.Tensor, w: torch.Tensor, instruction: Instruction, kind: str) -> torch.Tensor:
     """Codes of the accumulator before the instruction, [T, m, n]."""
     out = path_of(instruction).output
-    shape = (a.shape[0], instruction.m, instruction.n)
+    shape = (a.shape[0], a.shape[1], w.shape[1])
     if kind == "bits":
         return random_codes(generator, shape, out)
     if kind == "edges":  # within reach of the ends of int32
@@ -202,16 +202,34 @@ def draw_start(generator: torch.Generator, a: torch.Tensor, w: torch.Tensor, ins
 Tiles = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
-def draw_tiles(instruction: Instruction, draw: tuple[str, str, int], outputs: int, device: torch.device) -> Tiles:
-    """At least `outputs` results of random tiles, seeded by instruction and distribution."""
+def draw_tiles(
+    instruction: Instruction, draw: tuple[str, str, int], tiles: int, device: torch.device, m: int = 0, n: int = 0
+) -> Tiles:
+    """Random A [tiles, m, K], W [tiles, n, K] and C, seeded by instruction, distribution and shape. m, n: the instruction's."""
     operands, start, steps = draw
-    digest = hashlib.sha256(f"{instruction.name} {draw}".encode()).digest()
+    m, n, k = m or instruction.m, n or instruction.n, steps * instruction.k
+    digest = hashlib.sha256(f"{instruction.name} {draw} {m} {n}".encode()).digest()
     generator = torch.Generator(device)
     generator.manual_seed(int.from_bytes(digest[:6], "little"))
-    tiles, k = -(-outputs // (instruction.m * instruction.n)), steps * instruction.k
-    a = draw_operand(generator, (tiles, instruction.m, k), format_of(instruction.a), operands, 1)
-    w = draw_operand(generator, (tiles, instruction.n, k), format_of(instruction.b), operands, -1)
+    a = draw_operand(generator, (tiles, m, k), format_of(instruction.a), operands, 1)
+    w = draw_operand(generator, (tiles, n, k), format_of(instruction.b), operands, -1)
     return a, w, draw_start(generator, a, w, instruction, start)
+
+
+def draw_product(bench: Bench, instruction: Instruction, draw: tuple[str, str, int], outputs: int) -> tuple[torch.Tensor, ...]:
+    """A [1, m, K], W [1, n, K], C and what the instrument makes of them, D [1, m, n]: at least `outputs` results whose tiles
+    share operands, so that little has to be stored."""
+    m = instruction.m * max(1, 64 // instruction.m)
+    n = -(-outputs // (8 * m)) * 8
+    down, across = m // instruction.m, -(-n // instruction.n)
+    a, w, c = draw_tiles(instruction, draw, 1, bench.device, m, across * instruction.n)
+    k = a.shape[2]
+    rows = a.reshape(down, 1, instruction.m, k).expand(-1, across, -1, -1).reshape(-1, instruction.m, k)
+    columns = w.reshape(1, across, instruction.n, k).expand(down, -1, -1, -1).reshape(-1, instruction.n, k)
+    start = c.reshape(down, instruction.m, across, instruction.n).transpose(1, 2).reshape(-1, instruction.m, instruction.n)
+    found = bench.instrument(instruction, *(x.contiguous() for x in (rows, columns, start)))
+    d = found.reshape(down, across, instruction.m, instruction.n).transpose(1, 2).reshape(c.shape)
+    return a, w[:, :n].contiguous(), c[..., :n].contiguous(), d[..., :n].contiguous()
 
 
 def first_difference(got: torch.Tensor, want: torch.Tensor) -> str:
@@ -226,30 +244,32 @@ def first_difference(got: torch.Tensor, want: torch.Tensor) -> str:
 
 
 def validate(bench: Bench, size: Size) -> tuple[list[dict[str, Any]], dict[str, npt.NDArray[Any]]]:
-    """Random tiles of every instruction: all outputs against the emulator, the first tiles against the definition too."""
+    """Random tiles of every instruction against the emulator, all outputs; then the products that are kept against the emulator
+    and, the first rows, against the definition."""
     rows, fixtures = [], {}
     for name in size.instructions:
         instruction = INSTRUCTIONS[name]
-        per_tile = instruction.m * instruction.n
         for draw in draws_of(instruction):
-            tiles = draw_tiles(instruction, draw, size.outputs, bench.device)
+            tiles = draw_tiles(instruction, draw, -(-size.outputs // (instruction.m * instruction.n)), bench.device)
             begin = time.perf_counter()
             got = bench.instrument(instruction, *tiles)
             want = bench.emulator(instruction, *tiles)
-            wrong = int((got != want).sum())
+            wrong, first = int((got != want).sum()), first_difference(got, want)
             seconds = time.perf_counter() - begin
-            kept = -(-size.kept // per_tile)
-            head: list[torch.Tensor] = [x[:kept].cpu() for x in (*tiles, got)]
-            few = max(1, min(kept, 1024 // per_tile))
-            defined = by_tiles(dot_emulated, instruction, *(x[:few] for x in head[:3]))
+            a, w, c, d = draw_product(bench, instruction, draw, size.kept)
+            again = bench.emulator(instruction, a, w, c)
+            few = min(d.shape[1], -(-1024 // d.shape[2]))
+            head = [x.cpu() for x in (a[:, :few], w, c[:, :few], d[:, :few])]
+            defined = by_tiles(dot_emulated, instruction, head[0], head[1], head[2])
             rows.append({
                 "instruction": name, "datapath": instruction.datapath, "operands": draw[0], "start": draw[1], "steps": draw[2],
-                "outputs": got.numel(), "mismatches": wrong, "first": first_difference(got, want),
-                "outputs_by_definition": defined.numel(), "mismatches_by_definition": int((defined != head[3][:few]).sum()),
+                "outputs": got.numel() + d.numel(), "mismatches": wrong + int((again != d).sum()),
+                "first": first or first_difference(d, again),
+                "outputs_by_definition": defined.numel(), "mismatches_by_definition": int((defined != head[3]).sum()),
                 "seconds": round(seconds, 4),
             })
             kinds = instruction.a, instruction.b, instruction.d, instruction.d
-            for letter, codes, kind in zip("awcd", head, kinds, strict=True):
+            for letter, codes, kind in zip("awcd", (a, w, c, d), kinds, strict=True):
                 fixtures[f"{name}/{draw[0]}, {draw[1]}/{letter}"] = host(codes, format_of(kind))
     return rows, fixtures
 
@@ -291,7 +311,7 @@ def experiment_operands(experiment: Experiment, chosen: npt.NDArray[np.int64]) -
         for side, (named, rest) in enumerate(zip((row.a, row.w), row.rest, strict=True)):
             values[side, place] = rest
             for at, value in named.items():
-                values[side, place, at] = value
+                values[side, place, at] = 0.0 if isinstance(value, int) else value
         start[place // per_tile, place % per_tile, place % per_tile] = bits_of(row.c, instruction.d)
     sides = []
     for side, (rows, kind) in enumerate(((instruction.m, instruction.a), (instruction.n, instruction.b))):
@@ -300,6 +320,11 @@ def experiment_operands(experiment: Experiment, chosen: npt.NDArray[np.int64]) -
         codes = encode(values[side], fmt, Rounding.RNE, overflow)
         if not np.array_equal(decode(codes, fmt), values[side], equal_nan=True):
             raise ValueError(f"{experiment.id}, {experiment.instruction}: got a value that {fmt.name} does not hold")
+        for place, index in enumerate(chosen):
+            given = (experiment.rows[index].a, experiment.rows[index].w)[side]
+            for at, value in given.items():
+                if isinstance(value, int):
+                    codes[place, at] = value
         full = np.zeros((tiles, rows, k), dtype=codes.dtype)
         full[:, :per_tile] = codes.reshape(tiles, per_tile, k)
         sides.append(tensor(full, torch.device("cpu")))
@@ -341,7 +366,7 @@ def invariances(bench: Bench, size: Size) -> list[dict[str, Any]]:
     for name in size.instructions:
         instruction = INSTRUCTIONS[name]
         draw = draws_of(instruction)[1]
-        a, w, c = draw_tiles(instruction, (draw[0], draw[1], 2), 4 * instruction.m * instruction.n, bench.device)
+        a, w, c = draw_tiles(instruction, (draw[0], draw[1], 2), 4, bench.device)
         d = bench.instrument(instruction, a, w, c)
         rng = np.random.default_rng([32, *name.encode()])
 
@@ -422,22 +447,23 @@ def judgement(bench: Bench, size: Size) -> list[dict[str, Any]]:
     sides = [Operand(encode(rng.standard_normal((size.gemm, size.gemm)).astype(np.float32), fmt), fmt) for _ in range(2)]
     for name, segment in (("scaled_mm, fast, tensor scales, f32", 0), ("scaled_mm, slow, tensor scales, f32", 128)):
         try:
-            got = torch.from_numpy(bench.products[name](sides[0].codes, sides[1].codes).astype(np.int64))
+            got = torch.from_numpy(bench.products[name](sides[0].codes, sides[1].codes).astype(np.int64)).to(bench.device)
         except RuntimeError as refusal:
             found.append({"name": name, "refused": str(refusal).splitlines()[0]})
             continue
-        path, seconds = DATAPATHS["hopper_wgmma_fp8"], 0.0
-        want = torch.empty(0)
+        path, emulated, seconds, wrong = DATAPATHS["hopper_wgmma_fp8"], 0.0, 0.0, 0
         for _ in range(2):
             begin = time.perf_counter()
             want = bench.gemm(sides[0], sides[1], path, segment)
             if bench.device.type == "cuda":
                 torch.cuda.synchronize()
+            emulated = time.perf_counter() - begin
+            wrong = int((want != got).sum())
             seconds = time.perf_counter() - begin
-        wrong = int((want.cpu() != got).sum())
         found.append({
             "name": name, "m": size.gemm, "n": size.gemm, "k": size.gemm, "segment": segment, "datapath": path.name,
-            "mismatches": wrong, "seconds_with_transfers": round(seconds, 4), "products_per_second": size.gemm**3 / seconds,
+            "mismatches": wrong, "emulated_with_upload_s": round(emulated, 4), "judged_s": round(seconds, 4),
+            "products_per_second": size.gemm**3 / emulated,
         })
     return found
 
@@ -466,7 +492,7 @@ def torch_products(device: torch.device) -> dict[str, Product]:
 
     def block(a: torch.Tensor, w: torch.Tensor, name: str, out: torch.dtype) -> torch.Tensor:
         limit = name.rpartition(" ")[2]
-        module = importlib.import_module("triton_dot")
+        module = importlib.import_module("lowbit.kernels.subjects.triton_dot")
         result: torch.Tensor = module.triton_product(a, w, int(limit) if limit.isdigit() else None)
         return result
 
@@ -579,7 +605,7 @@ def run(bench: Bench, size: Size, out: Path, tell: Callable[[str], None] = print
     begin = time.perf_counter()
 
     def stage(name: str, findings: int, asked: int) -> int:
-        (out / "probes.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        (out / "probes.json").write_text(layered(record), encoding="utf-8")
         tell(f"{time.perf_counter() - begin:7.1f} s  {name}: {findings:,} findings of {asked:,}")
         return findings
 
@@ -607,6 +633,16 @@ def run(bench: Bench, size: Size, out: Path, tell: Callable[[str], None] = print
     for line in summary(record):
         tell(line)
     return total
+
+
+def layered(record: dict[str, Any]) -> str:
+    """JSON with a line per row or field of every stage."""
+    def inside(part: Any) -> str:
+        if isinstance(part, dict):
+            return "{\n" + ",\n".join(f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in part.items()) + "\n }"
+        return "[\n" + ",\n".join(f"  {json.dumps(row)}" for row in part) + "\n ]"
+
+    return "{\n" + ",\n".join(f" {json.dumps(name)}: {inside(part)}" for name, part in record.items()) + "\n}\n"
 
 
 def write_fixtures(fixtures: dict[str, npt.NDArray[Any]], out: Path) -> None:
@@ -637,11 +673,12 @@ def summary(record: dict[str, Any]) -> Iterator[str]:
             yield f"{row['instruction']}, {row['operands']}, {row['start']}: {counted}; {row['first']}"
     for row in record["judgement"]:
         yield (f"{row['name']}: {row['refused']}" if "refused" in row else
-               f"{row['name']}, {row['m']}^3: {row['mismatches']:,} mismatches, {row['seconds_with_transfers']} s, "
+               f"{row['name']}, {row['m']}^3: {row['mismatches']:,} mismatches, judged in {row['judged_s']} s, "
                f"{row['products_per_second']:.3g} products/s")
     for row in record["fingerprints"]:
         yield (f"{row['name']}, K = {row['k']}: {row['refused']}" if "refused" in row else
-               f"{row['name']}, K = {row['k']}: consistent {row['consistent']}, closest {row['closest'][0]}")
+               f"{row['name']}, K = {row['k']}: {'; or '.join(map(told, row['consistent'])) or 'no model'}"
+               + ("" if row["consistent"] else f", closest {told(row['closest'][0])}: {row['closest'][0]['differing']} differ"))
 
 
 def compile_all(tell: Callable[[str], None] = print) -> int:
