@@ -54,9 +54,10 @@ class Family(IntEnum):
 class Evidence(IntEnum):
     """How far a record has been checked."""
 
-    HARDWARE_CHECKED = 0  # reproduces published outputs of real devices bit for bit
-    CROSS_CHECKED = 1  # agrees bit for bit with an independent published simulator, itself checked on devices
-    LITERATURE = 2  # taken from published tables or vendor documents, or derived from a checked sibling
+    MEASURED = 0  # every number that shows in a result by our own probes; 10^7 outputs per instruction and distribution
+    HARDWARE_CHECKED = 1  # reproduces published outputs of real devices bit for bit
+    CROSS_CHECKED = 2  # agrees bit for bit with an independent published simulator, itself checked on devices
+    LITERATURE = 3  # taken from published tables or vendor documents, or derived from a checked sibling
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +83,7 @@ class Datapath:
     zero_exponent: int = 0  # exponent of a zero term in the search for E
     alignment_rounding: Rounding = Rounding.RZ  # what happens to the bits below 2^(E-F): RZ on the magnitude, or FLOOR
     normalised: int = 0  # 1: products are renormalised before alignment
-    operand_bits: int = 0  # significand bits of an operand that are used, the lower ones cut; 0: all
+    operand_bits: int = 0  # significand bits of an operand that are used, the lower ones cut before specials are told; 0: all
     operand_min_exponent: int = 0  # exponent kept by small operands, at most the format's own; 0: the format's own
     group: int = 0  # run length of consecutive k: summed before scaling (GROUPED), or dealt to the sub-nodes
     scale_format: Format | None = None  # block scales taken by the instruction
@@ -116,10 +117,11 @@ def constants(path: Datapath) -> tuple[int, ...]:
     return tuple(int(derived[name] if name in derived else getattr(path, name)) for name in CONSTANTS)
 
 
-_HW, _X, _L = Evidence.HARDWARE_CHECKED, Evidence.CROSS_CHECKED, Evidence.LITERATURE
+_M, _HW, _X, _L = Evidence.MEASURED, Evidence.HARDWARE_CHECKED, Evidence.CROSS_CHECKED, Evidence.LITERATURE
 _RZ, _RNE = Rounding.RZ, Rounding.RNE
 _VECTORS = "MATLAB tensor-core models, vectors measured on "
 _MODEL = "MMA-Sim tables, arXiv 2511.10909"
+_PROBES = "tests/device/run_probes.py on H200 (golden/hardware/h200)"
 _FP8 = (E4M3FN, E5M2)
 _NVIDIA_NAN = {"f32": 0x7FFFFFFF, "f16": 0x7FFF}
 
@@ -153,22 +155,20 @@ def _nvidia() -> Iterable[Datapath]:
     yield _fused("ada_tf32", (F32,), 4, 8, 24, -132, _HW, _VECTORS + "RTX 4000 Ada", operand_bits=11)
     yield from _with_half(
         _fused("ada_fp8", _FP8, 16, 32, 13, -132, _HW, _VECTORS + "RTX 4000 Ada", output_bits=14), _HW, -20)
-    yield from _with_half(_fused("hopper_f16", (F16,), 16, 16, 25, -133, _HW, _VECTORS + "H100"), _HW, -21)
-    yield _fused("hopper_bf16", (BF16,), 16, 16, 25, -133, _HW, _VECTORS + "H100")
-    yield _fused("hopper_tf32", (F32,), 8, 8, 25, -133, _X, _MODEL, operand_bits=11)
-    yield _fused("hopper_tf32_k4", (F32,), 4, 4, 25, -133, _HW, _VECTORS + "H100 (m16n8k4)", operand_bits=11)
-    yield from _with_half(
-        _fused("hopper_wgmma_fp8", _FP8, 32, 32, 13, -133, _HW, _VECTORS + "H100, with c = 0", output_bits=14), _X, -21)
+    yield from _with_half(_fused("hopper_f16", (F16,), 16, 16, 25, -133, _M, _PROBES), _M, -21)
+    yield _fused("hopper_bf16", (BF16,), 16, 16, 25, -133, _M, _PROBES)
+    yield _fused("hopper_tf32", (F32,), 8, 8, 25, -133, _M, _PROBES, operand_bits=11)
+    yield _fused("hopper_tf32_k4", (F32,), 4, 4, 25, -133, _M, _PROBES, operand_bits=11)
+    yield from _with_half(_fused("hopper_wgmma_fp8", _FP8, 32, 32, 13, -133, _M, _PROBES, output_bits=14), _M, -21)
     yield from _with_half(_fused("blackwell_f16", (F16,), 16, 16, 25, -133, _X, _MODEL), _X, -21)
     yield _fused("blackwell_bf16", (BF16,), 16, 16, 25, -133, _X, _MODEL)
     yield _fused("blackwell_tf32", (F32,), 8, 8, 25, -133, _X, _MODEL, operand_bits=11)
     yield from _with_half(_fused("blackwell_f8f6f4", (*_FP8, E2M1), 32, 32, 25, -133, _X, _MODEL), _X, -21)
-    for chip, wide, half in (("hopper", _L, _HW), ("blackwell", _L, _L)):
+    for chip, evidence, source in (("hopper", _M, _PROBES), ("blackwell", _L, "as hopper_mma_fp8: no output of it was seen")):
         yield from _with_half(Datapath(
-            f"{chip}_mma_fp8", Family.EMULATED_PAIRS, _FP8, 16, 32, F32, 24, _RZ, _NVIDIA_NAN["f32"], wide,
-            _VECTORS + "H100 (f16 accumulator; the grouping of k was found by search on such vectors)",
+            f"{chip}_mma_fp8", Family.EMULATED_PAIRS, _FP8, 16, 32, F32, 24, _RZ, _NVIDIA_NAN["f32"], evidence, source,
             fraction_bits=25, zero_exponent=-133, operand_min_exponent=-14, group=2,
-        ), half, -21)
+        ), evidence, -21)
 
 
 def _block_scaled() -> Iterable[Datapath]:
@@ -188,8 +188,8 @@ def _integer() -> Iterable[Datapath]:
     """Integer matrix units: products of 4- and 8-bit operands, int32 accumulator."""
     for name, saturate in (("imma_s32", 0), ("imma_s32_satfinite", 1)):
         yield Datapath(
-            name, Family.INTEGER, (INT8, UINT8, INT4, UINT4), 32, 32, INT32, 32, _RNE, 0, _L,
-            "PTX ISA 9.2, mma and wgmma with .s32", saturate=saturate,
+            name, Family.INTEGER, (INT8, UINT8, INT4, UINT4), 32, 32, INT32, 32, _RNE, 0, _M,
+            _PROBES + "; 4-bit operands: PTX ISA 9.2, mma with .s32", saturate=saturate,
         )
 
 

@@ -1,11 +1,14 @@
 """Recorded outputs of matrix units refute every single altered feature of the records, and none of the records themselves.
 
 Decides: which alteration each recorded array must refute; where an array cannot, the table says so and why. Replayed are the
-published rows of golden/hardware/vectors.npz and, where they have been recorded, the tiles that tests/device/run_probes.py wrote.
+published rows of golden/hardware/vectors.npz and the products that tests/device/run_probes.py recorded.
 """
 
 from __future__ import annotations
 
+import gzip
+import hashlib
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from fractions import Fraction
@@ -16,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from lowbit.kernels.hopper_probes import INSTRUCTIONS, TYPES
+from lowbit.kernels.hopper_probes import INSTRUCTIONS, TYPES, opcodes
 from lowbit.references.datapaths import DATAPATHS, Datapath, Family
 from lowbit.references.dot import Operand, emulate
 from lowbit.references.formats import BF16, E4M3FN, E5M2, F16, F32, FORMATS, Codes, Format, decode, decode_scalar
@@ -139,8 +142,8 @@ def test_a_single_wrong_bit_among_the_rows_is_counted() -> None:
 
 # Tiles of our own probes, by device ----------------------------------------------------------------------------------
 
-RECORDED: set[str] = set()
-"""Folders of golden/hardware with tiles that run_probes.py recorded: none yet. A folder that is added here is replayed below."""
+RECORDED = {"h200"}
+"""Folders of golden/hardware with products that run_probes.py recorded. A folder that is added here is replayed below."""
 
 
 def recorded() -> list[tuple[str, str]]:
@@ -154,9 +157,11 @@ def recorded() -> list[tuple[str, str]]:
 
 
 def tile_mismatches(
-    file: str, key: str, alter: Callable[[Datapath], Datapath] = lambda path: path, root: Path = HARDWARE
+    file: str, key: str, alter: Callable[[Datapath], Datapath] = lambda path: path, root: Path = HARDWARE,
+    backward: bool = False,
 ) -> int:
-    """Elements of the recorded tiles of one array that the instruction's record, altered, does not reproduce."""
+    """Elements of the recorded products of one array that the instruction's record, altered, does not reproduce. backward: the
+    last instruction of a chain first."""
     instruction = INSTRUCTIONS[key.partition("/")[0]]
     path = alter(DATAPATHS[instruction.datapath])
     with np.load(root / file) as arrays:
@@ -165,7 +170,8 @@ def tile_mismatches(
     for tile in range(len(d)):
         with np.errstate(invalid="ignore"):
             start = decode(c[tile], path.output)
-        sides = [Operand(x[tile], FORMATS[TYPES[kind].format]) for x, kind in ((a, instruction.a), (w, instruction.b))]
+        k = np.arange(a.shape[2]).reshape(-1, instruction.k)[:: -1 if backward else 1].ravel()
+        sides = [Operand(x[tile][:, k], FORMATS[TYPES[kind].format]) for x, kind in ((a, instruction.a), (w, instruction.b))]
         wrong += int((emulate(sides[0], sides[1], path, start) != d[tile]).sum())
     return wrong
 
@@ -177,6 +183,55 @@ def refuted_by_tiles(file: str, keys: list[str], root: Path = HARDWARE) -> set[s
 
 def test_every_recorded_folder_is_named() -> None:
     assert {file.partition("/")[0] for file, _ in recorded()} == RECORDED
+
+
+@pytest.mark.parametrize("folder", sorted(RECORDED))
+def test_a_recorded_run_names_its_chip_and_found_nothing(folder: str) -> None:
+    record = json.loads(gzip.decompress((HARDWARE / folder / "probes.json.gz").read_bytes()))
+    assert record["provenance"]["device"].startswith("NVIDIA ")
+    assert all(record["provenance"][name] for name in ("driver", "cuda", "torch", "date", "sources_sha256"))
+    assert sum(row["misplaced"] for row in record["placement"]) == 0
+    assert {row["id"] for row in record["experiments"]} == {f"E{i}" for i in range(1, 15)} - {"E12"}
+    assert sum(row["unlike_prediction"] for row in record["experiments"]) == 0
+    assert all(row["alike"] == row["predicted"] for row in record["invariances"])
+    assert min(row["outputs"] for row in record["validation"]) >= 10_000_000
+    assert sum(row["mismatches"] + row["mismatches_by_definition"] for row in record["validation"]) == 0
+    assert all(row["mismatches"] == 0 and row["judged_s"] < 2 for row in record["judgement"])
+    assert all(row["consistent"] for row in record["fingerprints"])
+
+
+@pytest.mark.parametrize("folder", sorted(RECORDED))
+def test_the_disassembly_of_a_recorded_run_shows_the_instruction_that_was_asked(folder: str) -> None:
+    record = json.loads(gzip.decompress((HARDWARE / folder / "probes.json.gz").read_bytes()))
+    listing = gzip.decompress((HARDWARE / folder / "sass.txt.gz").read_bytes()).decode()
+    sass = dict(part.split("\n", 1) for part in listing.split("==== ")[1:])
+    assert set(INSTRUCTIONS) <= set(sass) == set(record["instructions"])
+    for name, found in record["instructions"].items():
+        assert hashlib.sha256(sass[name].removesuffix("\n").encode()).hexdigest() == found["sass_sha256"]
+        assert opcodes(sass[name]) == found["opcodes"]
+    for name, instruction in INSTRUCTIONS.items():
+        assert {opcode.partition(".")[0] for opcode in record["instructions"][name]["opcodes"]} == {instruction.opcode}
+
+
+@pytest.mark.parametrize("folder", sorted(RECORDED))
+def test_every_instruction_has_5000_recorded_results_of_every_distribution(folder: str) -> None:
+    counts: dict[str, list[int]] = {}
+    for path in sorted((HARDWARE / folder).glob("*.npz")):
+        with np.load(path) as arrays:
+            for key in (name for name in arrays.files if name.endswith("/d")):
+                counts.setdefault(key.partition("/")[0], []).append(arrays[key].size)
+    assert {name: len(sizes) for name, sizes in counts.items()} == {
+        name: 4 if instruction.d == "s32" else 7 for name, instruction in INSTRUCTIONS.items()
+    }
+    assert min(min(sizes) for sizes in counts.values()) >= 5_000
+
+
+def test_recorded_chains_refute_the_order_of_their_nodes_reversed() -> None:
+    """Four instructions to a result: the last first. Integer sums have no order."""
+    chains = [(file, key) for file, key in recorded() if key.endswith("/normal, comparable")]
+    assert len(chains) == sum(instruction.d != "s32" for instruction in INSTRUCTIONS.values())
+    for file, key in chains:
+        assert tile_mismatches(file, key, backward=True) > 50, key
 
 
 def test_recorded_tiles_are_reproduced_bit_for_bit() -> None:
