@@ -167,6 +167,8 @@ def test_an_impossible_difference_is_refused(discordance: float, difference: flo
 @pytest.mark.parametrize(("table", "outcome"), [
     (Table(600, 10, 12, 378), Outcome.SERVES),
     (Table(500, 80, 20, 400), Outcome.DRIFTS),
+    (Table(10, 5, 0, 1), Outcome.INCONCLUSIVE),  # the score interval ends below zero; the exact p-value of 5 to 0 is 1/16
+    (Table(10, 6, 0, 0), Outcome.DRIFTS),  # that of 6 to 0 is 1/32
     (Table(20, 3, 2, 5), Outcome.INCONCLUSIVE),  # 30 questions cannot exclude a loss of one point
     (Table(480, 20, 17, 483), Outcome.INCONCLUSIVE),  # the interval begins between one and two margins below zero
     (Table(5000, 60, 20, 4920), Outcome.SERVES),  # worse beyond doubt, and by less than the margin

@@ -18,10 +18,11 @@ import torch
 from lowbit.references.declarations import Declaration
 from lowbit.references.formats import BF16, UINT8, Format, container
 
-from ..backend import TensorView, find_backend, tactics_of
+from ..backend import TensorView, tactics_of
 from ..case import Problem, Tensor
 from ..op import Family, ResolvedTensor, Role, make_problem, tensors_of
 from ..ops import ops
+from ..worker_process import resolve
 from .activations import DTYPES, InputRule, input_rule, input_tensors, torch_codes
 from .arms import ArmError, gemm_constants, problem_of
 from .checkpoint import QuantisedLinear
@@ -50,16 +51,16 @@ class _Placed:
 class BackendArm:
     """The arm of a backend. Its outputs hold NaN before each run.
 
-    `reference`: `name` or `name:argument` of an entry point, or the backend itself. `tactic`: one of the backend's, by default
-    the first that it offers for one row. `prepare` is called once per layer, with the problem of one row, and its state serves
-    all calls; `per_rows` asks for tactic and state again whenever the number of rows changes, as the conformance run does, for a
-    backend that packs by M (this keeps the codes beside the state).
+    `reference`: `name` or `name:argument` of an entry point, `python:FILE.py:ATTRIBUTE`, or the backend itself. `tactic`: one of
+    the backend's, by default the first that it offers for one row. `prepare` is called once per layer, with the problem of one
+    row, and its state serves all calls; `per_rows` asks for tactic and state again whenever the number of rows changes, as the
+    conformance run does, for a backend that packs by M (this keeps the codes beside the state).
     `quantises`: activations are quantised by the backend's own op where it supports that; otherwise, and by default, by the
     reference. `kernels`: names that `run` has returned, with their number of calls.
     """
 
     def __init__(self, reference: Any, *, tactic: str = "", per_rows: bool = False, quantises: bool = False) -> None:
-        self.backend: Any = find_backend(reference) if isinstance(reference, str) else reference
+        self.backend: Any = resolve(reference) if isinstance(reference, str) else reference
         self.name = reference if isinstance(reference, str) else str(self.backend.name)
         self.kernels: dict[str, int] = {}
         self._tactic, self._per_rows, self._quantises = tactic, per_rows, quantises

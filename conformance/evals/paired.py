@@ -34,7 +34,7 @@ class Outcome(StrEnum):
     """What may be said of the backend's arm."""
 
     SERVES = "SERVES"  # the whole interval of the difference lies above minus the margin
-    DRIFTS = "DRIFTS"  # not so, and the whole interval lies below zero
+    DRIFTS = "DRIFTS"  # not so, the whole interval lies below zero, and the exact test agrees
     INCONCLUSIVE = "INCONCLUSIVE"  # the questions asked can say neither
 
 
@@ -168,11 +168,11 @@ def compare(table: Table, *, margin: float, confidence: float = 0.95) -> Compari
     """Test, interval, power and verdict of one task. `margin`: the loss of accuracy that would be acceptable, as a share."""
     if not 0 < margin < 1:
         raise ValueError(f"the margin is a share of the questions between 0 and 1, got {margin}; one point is 0.01")
-    found = difference_interval(table, confidence)
-    worse = Outcome.DRIFTS if found.upper < 0 else Outcome.INCONCLUSIVE
+    found, p_value = difference_interval(table, confidence), float(mcnemar(table))
+    worse = Outcome.DRIFTS if found.upper < 0 and p_value < 1 - confidence else Outcome.INCONCLUSIVE  # few pairs: exact test
     outcome = Outcome.SERVES if found.lower > -margin else worse
     seen = detectable(table.questions, table.discordant / table.questions, level=1 - confidence)
-    return Comparison(table, float(mcnemar(table)), found, confidence, margin, seen, outcome)
+    return Comparison(table, p_value, found, confidence, margin, seen, outcome)
 
 
 def bootstrap_ratio(

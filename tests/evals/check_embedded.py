@@ -1,0 +1,152 @@
+"""The embedded model from end to end: quantised, swapped, asked through lm-eval, paired and judged (EVA-6). `nox -s evals` runs this."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from lm_eval.models.huggingface import HFLM
+
+from lowbit.conformance.evals import models
+from lowbit.conformance.evals.answers import Answers, EvalError, to_stderr
+from lowbit.conformance.evals.arms import Arm, ReferenceArm
+from lowbit.conformance.evals.asking import ask
+from lowbit.conformance.evals.faults import FaultyArm
+from lowbit.conformance.evals.paired import Outcome
+from lowbit.conformance.evals.recorded import outside, read
+from lowbit.conformance.evals.records import Eval, read_eval, summary
+from lowbit.conformance.evals.runner import evaluate
+from lowbit.conformance.evals.tasks import EMBEDDED, suite
+
+QUESTIONS, TEXTS = 16, 16
+FAULTS = (  # the last: what the logits alone say; a factor of 1.001 in one layer is no larger than what batching does to them
+    ("w4a16", "scale_group", "model.layers.3.self_attn.o_proj", Outcome.DRIFTS),
+    ("w8a8-fp8", "alpha", "model.layers.1.mlp.down_proj", Outcome.INCONCLUSIVE),
+    ("w4a16", "k_tail", "model.layers.1.mlp.down_proj", Outcome.DRIFTS),
+)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+def run(folder: Path, arm: Arm | str, recipe: str, *, localise: bool = False) -> Eval:
+    found = evaluate("embedded", arm, out=folder, recipe=recipe, limit=QUESTIONS, texts=TEXTS, batch=16, localise=localise)
+    print(summary(found))
+    assert read_eval(folder / "eval.json") == found
+    assert 'id="evals"' in (folder / "report.html").read_text(encoding="utf-8")
+    return found
+
+
+def unnoticed(found: Eval) -> bool:
+    """Whether no task's accuracy tells the backend from the reference."""
+    return all(task.kernel.outcome is not Outcome.DRIFTS and task.kernel.p_value > 0.05 for task in found.tasks)
+
+
+@pytest.mark.parametrize(("recipe", "fault", "layer", "logits"), FAULTS)
+def test_a_fault_drifts_where_accuracy_sees_nothing(
+    recipe: str, fault: str, layer: str, logits: Outcome, tmp_path: Path
+) -> None:
+    found = run(tmp_path / "run", FaultyArm(ReferenceArm("f32", 1, True), fault, layer), recipe, localise=True)
+    assert unnoticed(found)
+    assert found.kernel.tokens.outcome is logits
+    assert found.kernel.outcome is Outcome.DRIFTS
+    assert found.kernel.first == layer
+    assert [operation.layer for operation in found.kernel.operations if operation.outside] == [layer]
+    assert found.kernel.bundle is not None
+    again = read(Path(found.kernel.bundle))
+    assert again.layer == layer
+    assert outside(again) > 0
+    assert found.serving.outcome == "refused"
+
+
+@pytest.mark.parametrize("recipe", ["w4a16", "w8a8-fp8"])
+def test_another_summation_order_serves(recipe: str, tmp_path: Path) -> None:
+    found = run(tmp_path / "run", ReferenceArm("three parts", 3, True), recipe)
+    assert found.kernel.outcome is Outcome.SERVES
+    assert found.kernel.first is None
+    assert unnoticed(found)
+    assert len(found.kernel.operations) == 28
+    asked = {task.name: task for task in found.tasks}
+    assert asked["embedded_gsm8k"].right["full"] >= QUESTIONS * 3 // 4  # a real signal: chance is near zero
+    assert asked["embedded_choices"].right["full"] >= QUESTIONS * 3 // 4  # chance is a quarter
+
+
+def test_a_backend_serves_inside_the_model(tmp_path: Path) -> None:
+    found = run(tmp_path / "run", "cpu", "w4a8-fp8")
+    assert found.kernel.outcome is Outcome.SERVES
+    assert not any(operation.outside for operation in found.kernel.operations)
+    assert sum(found.kernels.values()) > 0
+    assert [text for text in found.missing if "--data" in text]  # what was not asked is said, in one sentence
+
+
+def test_missing_data_is_one_sentence(tmp_path: Path) -> None:
+    with pytest.raises(EvalError, match=r"^gsm8k: .*test\.jsonl is missing; --data takes a folder in the hub's layout"):
+        evaluate("embedded", "cpu", out=tmp_path / "run", tasks=["gsm8k"], data=tmp_path)
+
+
+def test_held_out_problems_are_solved(tmp_path: Path) -> None:
+    """lm-eval's gsm8k task on 100 held-out problems drawn at random: 80 % is what the model was shipped for."""
+    given = models.load_full(EMBEDDED, torch.bfloat16, "cpu")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(EMBEDDED)
+    model = HFLM(pretrained=given.model, tokenizer=tokenizer, batch_size=25, device="cpu")
+    for name, least in (("embedded_gsm8k", 80), ("embedded_choices", 80)):
+        kept = Answers(tmp_path / f"{name}.jsonl")
+        asked = ask(suite(name, limit=100), "full", kept, lambda: model, batch=25, seed=1, told=to_stderr)
+        assert sum(answer.right for answer in asked) >= least
+
+
+RUN = """
+import sys
+from pathlib import Path
+import torch
+from lowbit.conformance.evals.answers import Answers, EvalError, to_stderr
+from lowbit.conformance.evals.arms import ReferenceArm
+from lowbit.conformance.evals.runner import evaluate
+torch.set_num_threads(1)
+evaluate("embedded", ReferenceArm("three parts", 3, True), out=Path(sys.argv[1]), recipe="w4a16", limit=8, texts=4, batch=2)
+"""
+
+
+@cache
+def environment() -> dict[str, str]:
+    return {**os.environ, "PYTHONSAFEPATH": "1"}
+
+
+def answers(folder: Path) -> dict[str, list[str]]:
+    return {path.relative_to(folder).as_posix(): path.read_text().splitlines() for path in sorted(folder.rglob("*.jsonl"))}
+
+
+def lines(folder: Path) -> int:
+    return sum(map(len, answers(folder).values()))
+
+
+def test_a_killed_run_goes_on(tmp_path: Path) -> None:
+    killed, whole = tmp_path / "killed", tmp_path / "whole"
+    with subprocess.Popen([sys.executable, "-c", RUN, str(killed)], env=environment()) as process:
+        while lines(killed) < 60 and process.poll() is None:  # into the second arm
+            time.sleep(0.02)
+        assert process.poll() is None
+        process.send_signal(signal.SIGKILL)
+    before = answers(killed)
+    assert not (killed / "eval.json").exists()
+    subprocess.run([sys.executable, "-c", RUN, str(killed)], env=environment(), check=True)
+    subprocess.run([sys.executable, "-c", RUN, str(whole)], env=environment(), check=True)
+    after, wanted = answers(killed), answers(whole)
+    for name, known in before.items():
+        assert after[name][: len(known)] == known  # not asked again, not written again
+    assert {name: [json.loads(line) for line in found] for name, found in after.items()} == {
+        name: [json.loads(line) for line in found] for name, found in wanted.items()
+    }
+    first, second = (read_eval(folder / "eval.json") for folder in (killed, whole))
+    assert (first.tasks, first.kernel) == (second.tasks, second.kernel)
