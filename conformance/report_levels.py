@@ -165,7 +165,7 @@ def granted(
         waived = sum(verdict.status is Status.WAIVED for verdict in here)
         outcome: Literal["granted", "refused", "not requested", "not run"] = "refused"
         if level.number == 4:
-            outcome, reasons = "not run", ["end-to-end evaluations are not in this release"]
+            outcome, reasons = "not run", ["decided by `lowbit eval`, over a report that grants L3"]
         elif level.number > requested:
             outcome, reasons = "not requested", [f"level L{requested} was requested"]
         elif not claimed:

@@ -63,7 +63,7 @@ LEVELS = (
           every_op=("stability",)),
     Level(4, "serves", "end-to-end evaluation against the reference arithmetic", ()),
 )
-"""The ladder of contract version 1. Level 4 is not part of this release and is always reported as not run."""
+"""The ladder of contract version 1. Level 4 is decided by `lowbit eval`: a certification reports it as not run."""
 
 LEVEL_OF_LANE = {lane: level.number for level in LEVELS for lane in level.lanes}
 

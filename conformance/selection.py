@@ -20,7 +20,7 @@ from .patterns import lane_of, level_of
 
 __all__ = ["CONTRACT", "FIXED_GROUPS", "Listed", "audit_list", "case_list", "manifest", "shard"]
 
-CONTRACT = "1.1"
+CONTRACT = "1.2"
 """Version of the contract. The lanes of each level are frozen per version."""
 
 _DRAWN = "1.0"

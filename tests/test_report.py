@@ -331,7 +331,7 @@ def _without(pattern: str, *more: Verdict) -> list[Verdict]:
 
 
 def test_a_whole_run_is_granted_what_was_asked() -> None:
-    assert _level(WHOLE) == (3, "end-to-end evaluations are not in this release")
+    assert _level(WHOLE) == (3, "decided by `lowbit eval`, over a report that grants L3")
     assert _level(WHOLE, 1) == (1, "level L1 was requested")
     assert _level(WHOLE, 4)[0] == 3
     best, results = granted(WHOLE, power_of(WHOLE), 2)
