@@ -7,11 +7,12 @@ user can cause is one sentence; a defect of lowbit itself saves its traceback an
 from __future__ import annotations
 
 import json
+import os
 import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -28,7 +29,7 @@ from rich.text import Text
 from . import report as reports
 from . import waivers as waivers_room
 from .audit_table import headline
-from .backend import EXECUTIONS, NEVER_EXECUTED, BackendError, backend_names, execution_of, find_backend
+from .backend import EXECUTIONS, NEVER_EXECUTED, BackendError, backend_names, describe, execution_of, find_backend
 from .exit_codes import ExitCode
 from .op import DomainError
 from .ops import ops
@@ -161,7 +162,7 @@ def _shard(text: str) -> tuple[int, int]:
 
 def _level(text: str) -> int:
     if text.upper() not in ("L0", "L1", "L2", "L3"):
-        raise Stop(ExitCode.USAGE, f"--level {text}: expected L0, L1, L2 or L3 (L4 is not part of this release)")
+        raise Stop(ExitCode.USAGE, f"--level {text}: expected L0, L1, L2 or L3 (L4: `lowbit eval`)")
     return int(text[1:])
 
 
@@ -461,9 +462,19 @@ def reduce(
 
 @app.command()
 def replay(bundle: Annotated[Path, typer.Argument(help="A bundle file.")], json_path: JsonOption = None) -> None:
-    """Judge the outputs stored in a bundle again, without the backend."""
+    """Judge the outputs stored in a bundle again, without the backend; also those of a call that `lowbit eval` kept."""
     from . import bundle as bundles
+    from .evals import recorded
 
+    if recorded.is_recorded(bundle):
+        call = recorded.read(bundle)
+        wrong, total = recorded.outside(call), call.found.size
+        _out.print(f"{call.layer}, {call.problem} by {call.arm}: {wrong:,} of {total:,} outputs outside", markup=False)
+        data = {"layer": call.layer, "problem": str(call.problem), "arm": call.arm, "outside": wrong, "outputs": total}
+        _write_json(json_path, data)
+        if wrong:
+            raise Stop(ExitCode.FAILED)
+        return
     verdict = bundles.replay(bundle)
     _print_verdict(verdict)
     _write_json(json_path, json.loads(reports.verdict_json(verdict)))
@@ -548,6 +559,67 @@ def mutants(
         raise Stop(ExitCode.FAILED, "a mutant survived, a variant was accused, or a lane kills nothing alone")
 
 
+# speed ---------------------------------------------------------------------------------------------------------------
+
+
+@app.command("bench")
+def bench_(
+    backend: Annotated[str, typer.Argument(help="Backend: NAME, NAME:ARGUMENT or python:FILE.py:ATTRIBUTE.")],
+    against: Annotated[
+        str, typer.Option(help="Peers, comma separated: backends; of one given as python:FILE.py:ATTRIBUTE, every tactic.")
+    ] = "",
+    ops_: Annotated[str, typer.Option("--ops", help="OP, OP/VARIANT or OP/VARIANT/OPTIONS, comma separated.")] = "",
+    shapes: Annotated[str, typer.Option(help="M,M,...@NxK,NxK,...; by default 36 shapes of linear layers.")] = "",
+    rounds: Annotated[int, typer.Option(min=5, help="Alternating rounds; five or more.")] = 5,
+    milliseconds: Annotated[float, typer.Option(min=1.0, help="Replays of one kernel in one round.")] = 25.0,
+    tune: Annotated[bool, typer.Option("--tune", help="Time every tactic, and add a dispatch table to the JSON.")] = False,
+    json_path: JsonOption = None,
+) -> None:
+    """Time the kernels of a backend on its device, side by side with peers, against a roof measured in the same run."""
+    from . import bench_figures, bench_kernels
+    from .bench_device import Stopwatch
+    from .device import DeviceError
+    from .worker_process import resolve
+
+    subject = resolve(backend)
+    names = [name for name in against.split(",") if name]
+    peers = [(resolve(name), name.startswith("python:")) for name in names]
+    plan = bench_kernels.BenchPlan(tuple(name for name in ops_.split(",") if name), shapes, rounds, milliseconds, tune)
+    bench_kernels.problems_of(plan)
+    try:
+        watch = Stopwatch(bench_kernels.device_of(subject))
+    except (BackendError, DeviceError) as error:
+        raise Stop(ExitCode.NOTHING_TO_CERTIFY, str(error)) from error
+
+    header = {
+        "suite": reports.suite_version(), "date": datetime.now(UTC).isoformat(timespec="seconds"), "backend": str(subject.name),
+        "against": names, "environment": {**describe(subject), **watch.environment()}, "method": bench_kernels.method_of(plan),
+    }
+
+    def told(rates: Mapping[str, float], rows: Sequence[bench_figures.Row]) -> None:
+        row = rows[-1]
+        fastest = bench_figures.best_of(row)
+        best = "" if fastest is None else f", fastest peer {row.peers[fastest]:.2f}"
+        _told(f"{row.op}/{row.variant}/{row.dims} [{row.tactic}] {row.us:.2f} us, roof {row.roof_us:.2f}{best}")
+        _write_json(json_path, bench_figures.to_data(header, rates, rows))
+
+    try:
+        rates, rows = bench_kernels.bench(plan, subject, peers, watch, told)
+    except (bench_kernels.BenchError, DeviceError) as error:
+        raise Stop(ExitCode.FAILED, str(error)) from error
+    _out.print(bench_figures.table_text(rows), markup=False)
+    _out.print("Peers: their time / ours, above 1 ours is faster. * dispatched, h launched from the host.", markup=False)
+    for item in bench_figures.classes_of(rows):
+        what = "share of the roof" if item.peer == "roof" else f"{item.peer} / ours"
+        spread = f"{item.ratio:.3f} ({item.low:.3f} to {item.high:.3f})"
+        _out.print(f"{item.op}/{item.variant}/{item.options} m{item.m}: {what} {spread}, {item.shapes} shape(s)", markup=False)
+        left_out = bench_figures.left_out_text(item)
+        if item.peer == "roof" and left_out:  # the one class that is always there
+            _out.print(f"{item.op}/{item.variant}/{item.options} m{item.m}: not in best: {left_out}", markup=False)
+    _out.print(bench_figures.to_plot(rows), markup=False)
+    _out.print(bench_figures.roof_text(rates), markup=False)
+
+
 # models --------------------------------------------------------------------------------------------------------------
 
 
@@ -574,6 +646,61 @@ def convert(
     _out.print(f"folded into e4m3 by a kernel: {lost}", markup=False)
     _out.print(f"written: {target}", markup=False)
     _write_json(json_path, asdict(found))
+
+
+@app.command("eval")
+def eval_(
+    model: Annotated[str, typer.Argument(help="Folder of a model (config.json, tokenizer, safetensors), or `embedded`.")],
+    backend: BackendOption,
+    reference: Annotated[str, typer.Option(help="torch_twin, or the backend whose arithmetic counts as right.")] = "torch_twin",
+    tasks: Annotated[str, typer.Option(help="Comma separated; default: the embedded ones, with --data gsm8k and mmlu too.")] = "",
+    recipe: Annotated[str, typer.Option(help="How plain weights are quantised, for example w4a16.")] = "",
+    base: Annotated[Path | None, typer.Option(help="Plain folder of a quantised checkpoint: measures recipe loss.")] = None,
+    data: Annotated[Path | None, typer.Option(help="Datasets in the hub's layout; nothing is fetched.")] = None,
+    limit: Annotated[int | None, typer.Option(min=2, help="Questions per task, drawn at random.")] = None,
+    texts: Annotated[int, typer.Option(min=2, help="Texts per task in the per-token test.")] = 64,
+    batch: Annotated[int, typer.Option(min=1, help="Questions at a time; the noise floor takes half.")] = 16,
+    fewshot: Annotated[int | None, typer.Option(min=0, help="Examples per question, if not the task's own number.")] = None,
+    margin: Annotated[float, typer.Option(help="Loss of accuracy that is acceptable, as a share.")] = 0.02,
+    seed: Annotated[int, typer.Option(help="Draws questions, examples and texts.")] = 1,
+    dtype: Annotated[str, typer.Option(help="bfloat16 or float16.")] = "bfloat16",
+    device: Annotated[str, typer.Option(help="Where the model runs, for example cpu or cuda:0.")] = "cpu",
+    localise: Annotated[
+        bool, typer.Option("--localise", help="Judge each Linear on the texts changed most; keep the first fault.")
+    ] = False,
+    certificate: Annotated[Path | None, typer.Option(help="The backend's report.json, for level L4: it needs L3.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder for eval.json and report.html; a killed run goes on.")] = Path("reports/eval"),
+    samples_out: Annotated[Path | None, typer.Option(help="Folder for the answers; by default OUT/answers.")] = None,
+    json_path: JsonOption = None,
+) -> None:
+    """Ask a model questions with a backend's kernels and with the reference arithmetic; compare answers and tokens in pairs."""
+    os.environ.setdefault("TQDM_DISABLE", "1")  # libraries read these when they are imported
+    if data is not None or not tasks:
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")
+        os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
+    try:
+        from .evals import records, runner
+    except ImportError as error:
+        raise Stop(ExitCode.USAGE, f"eval needs more than is installed ({error}); install lowbit[evals]") from error
+    try:
+        reports.prepare_folder(out)
+        found = runner.evaluate(
+            model, backend, out=out, reference=reference, tasks=[name for name in tasks.split(",") if name], recipe=recipe,
+            base=base, data=data, limit=limit, texts=texts, batch=batch, fewshot=fewshot, margin=margin, seed=seed, dtype=dtype,
+            device=device, samples=samples_out, localise=localise,
+            certificate=None if certificate is None else reports.load(certificate), told=_told,
+        )
+    except KeyboardInterrupt as error:
+        raise Stop(ExitCode.INTERRUPTED, f"interrupted; the same command goes on from what is in {out}") from error
+    except runner.CheckpointError as error:
+        raise Stop(ExitCode.BAD_INPUT, str(error)) from error
+    except runner.REFUSALS as error:
+        raise Stop(ExitCode.USAGE, str(error)) from error
+    _out.print(records.summary(found), markup=False)
+    _out.print(f"written: {out / 'eval.json'}, {out / 'report.html'}", markup=False)
+    _write_json(json_path, records.to_data(found))
+    if records.drifts(found):
+        raise Stop(ExitCode.FAILED, "the backend DRIFTS from the reference arithmetic")
 
 
 # the door ------------------------------------------------------------------------------------------------------------

@@ -37,12 +37,12 @@ from .memory import POISONS, Bytes, zone_pattern
 from .op import ResolvedTensor, Role
 from .worker_messages import BY_FILE, TAIL, Variation, decode_frame, encode_frame, first_difference
 
-__all__ = ["serve"]
+__all__ = ["resolve", "serve"]
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
-def _resolve(reference: str) -> Any:
+def resolve(reference: str) -> Any:
     """The backend behind an entry-point name, or behind `python:FILE.py:ATTRIBUTE` (an object with the methods of a backend,
     or a callable that returns one). Raises BackendError."""
     if not reference.startswith(BY_FILE):
@@ -312,7 +312,7 @@ def serve(argv: Sequence[str] | None = None) -> None:
     loaded: list[Any] = []
 
     def load() -> dict[str, Any]:
-        backend = _call("load", _resolve, first["reference"])
+        backend = _call("load", resolve, first["reference"])
         name = str(getattr(backend, "device", "host"))
         loaded.extend((backend, _call("open_device", open_device, name)))
         return _call("describe", _hello, backend, name)  # type: ignore[no-any-return]

@@ -1,4 +1,6 @@
-"""The embedded model from end to end: quantised, swapped, asked through lm-eval, paired and judged (EVA-6). `nox -s evals` runs this."""
+"""The embedded model from end to end: quantised, swapped, asked through lm-eval, paired and judged (EVA-6).
+
+`nox -s evals` runs this."""
 
 from __future__ import annotations
 
