@@ -1,0 +1,308 @@
+"""gemm_w4a8_fp8 of the Hopper room on a chip: bit for bit against the emulated datapath, then times.
+
+    python tests/device/hopper_gemm_w4a8.py --check --out FOLDER       # every tactic, both variants, groups, formats, tails
+    python tests/device/hopper_gemm_w4a8.py --bench --out FOLDER       # every tactic on the shapes of the table
+
+Decides: the expected bits of each tactic: the declared sums by references/cuda_dot on the GPU, scales and bias in binary32, one
+cast. Refuses nothing: the exit code is 1 where a bit differed or a byte outside the output changed. Needed are torch with CUDA,
+nvcc and a device of compute capability 9.0; `lowbit` may be a folder of links.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from lowbit.kernels.hopper_room import gemm_w4a8 as room
+from lowbit.kernels.hopper_room.build import build_all
+from lowbit.references.cuda_dot import emulate_tiles
+from lowbit.references.datapaths import DATAPATHS
+from lowbit.references.encodings import folded_weight
+from lowbit.references.formats import E4M3FN
+
+PATH = DATAPATHS["hopper_wgmma_fp8"]
+INTEGER_CODES = (0x00, 0x38, 0x40, 0x44, 0x48, 0x4A, 0x4C, 0x4E, 0xD0, 0xCE, 0xCC, 0xCA, 0xC8, 0xC4, 0xC0, 0xB8)
+SEED = (  # M, N, K of the seed's test
+    (1, 128, 128), (1, 512, 1024), (1, 4096, 4096), (1, 8192, 28672), (13, 8192, 4096), (26, 4096, 8192), (64, 4096, 4096),
+    (64, 8192, 28672), (257, 128, 4096), (257, 4096, 4096), (1024, 4096, 8192), (1024, 8192, 4096),
+)
+TAILS = (
+    (1, 8, 128), (2, 200, 192), (7, 8, 64), (17, 384, 1024), (33, 72, 640), (64, 128, 1024), (65, 136, 2048), (130, 520, 2048),
+    (257, 264, 1024), (300, 1032, 3072), (520, 392, 1536),
+)
+TABLE = (  # N, K of the seed's table
+    (14336, 12288), (12288, 12288), (73728, 12288), (12288, 36864),
+)
+
+
+def table_of_products() -> torch.Tensor:
+    """e4m3 code by scale code [256] and int4 code [16], by the reference."""
+    q = np.tile(np.repeat(np.arange(16, dtype=np.uint8), 64), (256, 1))
+    scales = np.repeat(np.arange(256, dtype=np.uint8), 16).reshape(256, 16)
+    return torch.from_numpy(folded_weight(q, scales)[:, ::64].copy()).cuda()
+
+
+def drawn(m: int, n: int, k: int, group: int, kind: str, generator: torch.Generator) -> dict[str, torch.Tensor]:
+    """Operands of one case, codes on the device. plain: like a layer; wild: all codes of scales and activations but NaN; nan: one
+    of each."""
+    def bytes_of(*shape: int, low: int = 0, high: int = 256) -> torch.Tensor:
+        return torch.randint(low, high, shape, generator=generator, dtype=torch.uint8, device="cuda")
+
+    def signs(*shape: int) -> torch.Tensor:
+        return bytes_of(*shape, high=2) * 128
+
+    if kind == "plain":
+        a = torch.randn(m, k, generator=generator, device="cuda").clamp(-4, 4).mul(60).to(torch.float8_e4m3fn).view(torch.uint8)
+        scale = bytes_of(n, k // group, low=0x20, high=0x48) + signs(n, k // group)
+    else:
+        a, scale = bytes_of(m, k), bytes_of(n, k // group)
+        a, scale = torch.where(a & 127 == 127, a - 1, a), torch.where(scale & 127 == 127, scale - 1, scale)
+        if kind == "nan" and m:
+            scale[n // 3, (k // group) // 2] = 0x7F
+            a[m // 2, k // 3] = 0xFF
+    return {
+        "a": a, "q": bytes_of(n, k, high=16), "scale": scale,
+        "token": torch.randn(m, generator=generator, device="cuda"),
+        "channel": torch.randn(n, generator=generator, device="cuda"),
+        "bias": torch.randn(n, generator=generator, device="cuda"),
+    }
+
+
+def sums(case: dict[str, torch.Tensor], variant: str, group: int, splits: int, products: torch.Tensor) -> torch.Tensor:
+    """The declared sum over K in binary32 [M, N]."""
+    a, q, scale = case["a"], case["q"], case["scale"]
+    k = a.shape[1]
+    unit = group if variant == "exact" else 32
+    part = -(-k // (unit * splits)) * unit
+    total = None
+    for start in range(0, k, part):
+        here = slice(start, min(k, start + part))
+        if variant == "folded":
+            w = products[scale.long().repeat_interleave(group, 1)[:, here], q[:, here].long()]
+            codes = emulate_tiles(a[None, :, here].contiguous(), w[None].contiguous(), PATH, (E4M3FN, E4M3FN))
+            value = codes[0].view(torch.float32)
+        else:
+            w = torch.tensor(INTEGER_CODES, dtype=torch.uint8, device="cuda")[q[:, here].long()]
+            count = w.shape[1] // group
+            left, right = (
+                x.view(x.shape[0], count, group).transpose(0, 1).contiguous() for x in (a[:, here].contiguous(), w)
+            )
+            parts = emulate_tiles(left, right, PATH, (E4M3FN, E4M3FN)).view(torch.float32)
+            factors = scale[:, start // group : start // group + count].view(torch.float8_e4m3fn).double()
+            value = torch.zeros(a.shape[0], q.shape[0], device="cuda")
+            for g in range(count):  # a product is exact in binary64; a sum of more than 53 bits, which is rare, is rounded twice
+                value = (parts[g].double() * factors[None, :, g] + value.double()).float()
+        total = value if total is None else total + value
+    assert total is not None
+    return total
+
+
+def expected(case: dict[str, torch.Tensor], total: torch.Tensor, dtype: torch.dtype, bias: bool) -> torch.Tensor:
+    value = total * case["token"][:, None]
+    if bias:  # as above: the product is exact in binary64, and the sum nearly always
+        wide = value.double() * case["channel"][None].double() + case["bias"].to(dtype)[None].double()
+        return wide.float().to(dtype)
+    return (value * case["channel"][None]).to(dtype)
+
+
+def differing(got: torch.Tensor, want: torch.Tensor) -> int:
+    """Elements whose bits differ, any NaN equal to any NaN and either zero to the other."""
+    same = (got.view(torch.int16) == want.view(torch.int16)) | (got.isnan() & want.isnan()) | ((got == 0) & (want == 0))
+    return int((~same).sum())
+
+
+def problems() -> Iterator[tuple[int, int, int, int, str]]:
+    for m, n, k in TAILS:
+        for group in (128, 64):
+            if k % group == 0:
+                yield m, n, k, group, "plain"
+                yield m, n, k, group, "wild"
+    yield 70, 328, 2048, 128, "nan"
+    for m, n, k in SEED:
+        yield m, n, k, 128, "plain"
+
+
+def check(report: dict[str, Any]) -> int:
+    generator = torch.Generator("cuda").manual_seed(5)
+    products, wrong, rows = table_of_products(), 0, []
+    for m, n, k, group, kind in problems():
+        case = drawn(m, n, k, group, kind, generator)
+        packed = room.pack_weights(case["q"], case["scale"])
+        whole_n = m * n * k < 1 << 31
+        few = torch.arange(n, device="cuda") if whole_n else torch.randperm(n, generator=generator, device="cuda")[:512]
+        sample = {**case, "q": case["q"][few], "scale": case["scale"][few]}
+        for variant in ("folded", "exact"):
+            known: dict[int, torch.Tensor] = {}
+            for name, tactic in room.TACTICS.items():
+                if not room.takes(tactic, variant, k, group):
+                    continue
+                if tactic.parts not in known:
+                    known[tactic.parts] = sums(sample, variant, group, tactic.parts, products)
+                for dtype, bias in ((torch.bfloat16, False), (torch.float16, True)):
+                    pad = 8 if bias else 3
+                    whole = torch.full((m + 1, n + pad), float("nan"), dtype=dtype, device="cuda")
+                    out = whole[:m, :n]
+                    room.gemm_w4a8_fp8(
+                        case["a"], packed, case["token"], case["channel"], out, bias=case["bias"].to(dtype) if bias else None,
+                        variant=variant, tactic=name,
+                    )
+                    cut = {**sample, "channel": case["channel"][few], "bias": case["bias"][few]}
+                    bad = differing(out[:, few], expected(cut, known[tactic.parts], dtype, bias))
+                    outside = int((~whole[m:].isnan()).sum() + (~whole[:, n:].isnan()).sum())
+                    rows.append([m, n, k, group, kind, variant, name, str(dtype)[6:], bad, outside, m * len(few)])
+                    if bad or outside:
+                        wrong += 1
+                        print("WRONG", rows[-1], flush=True)
+    torch.cuda.synchronize()
+    report["check"] = {"runs": len(rows), "wrong": wrong, "elements": sum(row[-1] for row in rows), "rows": rows}
+    print("check:", len(rows), "runs,", report["check"]["elements"], "elements,", wrong, "runs wrong", flush=True)
+    return wrong
+
+
+def check_grouped(report: dict[str, Any]) -> int:
+    generator = torch.Generator("cuda").manual_seed(6)
+    products, wrong, runs = table_of_products(), 0, 0
+    for counts, n, k, group in (
+        ((3, 0, 17, 0, 1), 72, 1024, 128), ((0, 0, 130), 136, 2048, 64), ((300, 5, 0, 64, 64, 9), 264, 1024, 128),
+        ((0, 0), 64, 128, 128), ((1,) * 40, 200, 1024, 128),
+    ):
+        m = sum(counts)
+        cases = [drawn(count, n, k, group, "plain", generator) for count in counts]
+        packed = room.pack_weights(torch.stack([c["q"] for c in cases]), torch.stack([c["scale"] for c in cases]))
+        a, token = torch.cat([c["a"] for c in cases]), torch.cat([c["token"] for c in cases])
+        channel, bias = torch.stack([c["channel"] for c in cases]), torch.stack([c["bias"] for c in cases])
+        rows = torch.tensor(counts, dtype=torch.int32, device="cuda")
+        for variant in ("folded", "exact"):
+            for name, tactic in room.TACTICS.items():
+                if not room.takes(tactic, variant, k, group):
+                    continue
+                for dtype, biased in ((torch.bfloat16, False), (torch.float16, True)):
+                    out = torch.full((m, n), float("nan"), dtype=dtype, device="cuda")
+                    room.gemm_w4a8_fp8(
+                        a, packed, token, channel, out, bias=bias.to(dtype) if biased else None, counts=rows, variant=variant,
+                        tactic=name,
+                    )
+                    want = [
+                        expected(c, sums(c, variant, group, tactic.parts, products), dtype, biased) for c in cases if len(c["a"])
+                    ]
+                    bad = differing(out, torch.cat(want)) if want else 0
+                    runs += 1
+                    if bad:
+                        wrong += 1
+                        print("WRONG grouped", counts, n, k, group, variant, name, dtype, bad, "of", m * n, flush=True)
+    torch.cuda.synchronize()
+    report["grouped"] = {"runs": runs, "wrong": wrong}
+    print("grouped:", runs, "runs,", wrong, "wrong", flush=True)
+    return wrong
+
+
+def timed(calls: list[Any], rounds: int = 5) -> float:
+    """Microseconds per call: the calls in a graph of at least 4 ms, median over replays."""
+    for call in calls[:2]:
+        call()
+    torch.cuda.synchronize()
+    event: Any = torch.cuda.Event
+    start, stop = event(enable_timing=True), event(enable_timing=True)
+    start.record()
+    for call in calls:
+        call()
+    stop.record()
+    torch.cuda.synchronize()
+    repeat = max(1, int(4.0 / max(start.elapsed_time(stop), 0.01)) + 1)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(repeat):
+            for call in calls:
+                call()
+    graph.replay()
+    found = []
+    for _ in range(rounds):
+        start.record()
+        graph.replay()
+        stop.record()
+        torch.cuda.synchronize()
+        found.append(start.elapsed_time(stop) * 1000 / (repeat * len(calls)))
+    return float(np.median(found))
+
+
+def measured(
+    n: int, k: int, ms: tuple[int, ...], wanted: tuple[str, ...], variants: tuple[str, ...], until: float
+) -> Iterator[dict[str, Any]]:
+    """Rows of times on one shape of weights, until the clock says `until`."""
+    generator = torch.Generator("cuda").manual_seed(7)
+    words = torch.randint(-(1 << 31), (1 << 31) - 1, (n, k // 8), generator=generator, dtype=torch.int32, device="cuda")
+    scale = torch.randint(0x20, 0x40, (n, k // 128), generator=generator, dtype=torch.uint8, device="cuda")
+    first = room.pack_weights(words, scale)
+    others = range(-(-600_000_000 // first.memory.numel()) - 1)
+    copies = [first, *(room.PackedWeights(first.memory.clone(), 1, n, k, 128) for _ in others)]
+    took = timed([lambda: room.pack_weights(words, scale, out=first.memory)])
+    print(f"pack {n}x{k}: {took:.1f} us, {(first.memory.numel() * 2) / took / 1e3:.0f} GB/s", flush=True)
+    channel = torch.rand(n, generator=generator, device="cuda") + 0.5
+    for m in ms:
+        a = torch.randn(m, k, generator=generator, device="cuda").to(torch.float8_e4m3fn).view(torch.uint8)
+        token = torch.rand(m, generator=generator, device="cuda") + 0.5
+        out = torch.empty(m, n, dtype=torch.bfloat16, device="cuda")
+        size = n * k / 2 + n * k / 128 + m * k + 2 * m * n
+        roof = max(size / 4.40e6, 2 * m * n * k / 1330e6)  # GB/s that a plain read reached, TFLOP/s of fp8 on random data
+        for variant in variants:
+            for name, tactic in room.TACTICS.items():
+                if (wanted and name not in wanted) or not room.takes(tactic, variant, k, 128) or not fits(tactic, m):
+                    continue
+                if time.time() > until:
+                    return
+                given: dict[str, Any] = {"variant": variant, "tactic": name}
+                us = timed([partial(room.gemm_w4a8_fp8, a, w, token, channel, out, **given) for w in copies])
+                tera = 2e-6 * m * n * k / us
+                print(f"{variant:6} {m:5} {n:6} {k:6} {name:16} {us:9.1f} us  roof {roof:8.1f}  {100 * roof / us:4.0f} %  "
+                      f"{tera:6.0f} TFLOP/s {size / us / 1e3:6.0f} GB/s", flush=True)
+                yield {"variant": variant, "m": m, "n": n, "k": k, "tactic": name, "us": us, "roof_us": roof}
+
+
+def fits(tactic: room.Tactic, m: int) -> bool:
+    """Tiles whose tokens are not far from M: the others are slower by construction."""
+    tokens = 1 << (m - 1).bit_length() if m > 1 else 1
+    return min(tokens, 64) <= tactic.tokens <= max(16, 2 * tokens)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--out", required=True)
+    parser.add_argument("--check", action="store_true")
+    parser.add_argument("--bench", action="store_true")
+    parser.add_argument("--shapes", default="0,1,2,3")
+    parser.add_argument("--ms", default="1,16,32,64,128,256,512,1024,4096")
+    parser.add_argument("--tactics", default="")
+    parser.add_argument("--variants", default="folded,exact")
+    parser.add_argument("--seconds", type=float, default=120.0)
+    chosen = parser.parse_args()
+    begun = time.time()
+    build_all(room.UNITS, workers=16)
+    print(f"built {len(room.UNITS)} libraries in {time.time() - begun:.1f} s", flush=True)
+    report: dict[str, Any] = {"device": torch.cuda.get_device_name(), "torch": torch.__version__}
+    wrong = 0
+    try:
+        if chosen.check:
+            wrong = check(report) + check_grouped(report)
+            print(f"checked after {time.time() - begun:.1f} s", flush=True)
+        if chosen.bench:
+            wanted = tuple(name for name in chosen.tactics.split(",") if name)
+            shapes = tuple(TABLE[int(i)] for i in chosen.shapes.split(","))
+            ms, variants = tuple(map(int, chosen.ms.split(","))), tuple(chosen.variants.split(","))
+            until = time.time() + chosen.seconds
+            report["bench"] = [row for n, k in shapes for row in measured(n, k, ms, wanted, variants, until)]
+    finally:
+        Path(chosen.out, "hopper_gemm_w4a8.json").write_text(json.dumps(report), encoding="utf-8")
+    return int(wrong > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
