@@ -25,13 +25,13 @@ from lowbit.conformance.backend import BF16, DATAPATHS, F16, Contraction, Join, 
 from lowbit.kernels.triton_room.codes16 import code16, value16
 
 __all__ = [
-    "OPTIONS", "TILES", "UNITS", "Tile", "Unit", "launch", "low_rank_codes", "meta", "nvfp4_gemm", "packed", "program",
-    "refusal", "signature", "swizzled",
+    "BIASES", "EPILOGUES", "OPTIONS", "TILES", "UNITS", "Tile", "Unit", "dequantised", "epilogue", "launch", "low_rank_codes",
+    "meta", "nvfp4_gemm", "packed", "program", "refusal", "signature", "swizzled",
 ]
 
 _OUT = {"bf16": BF16, "f16": F16}
-_EPILOGUES = {"plain": 0, "svdquant": 1, "nunchaku": 2}
-_BIASES = {"nobias": 0, "bias": 1, "biasafter": 2}
+EPILOGUES = {"plain": 0, "svdquant": 1, "nunchaku": 2}
+BIASES = {"nobias": 0, "bias": 1, "biasafter": 2}
 
 OPTIONS = {"enable_fp_fusion": False}
 """Compiler options that decide bits."""
@@ -200,6 +200,44 @@ def with_low_rank(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def epilogue(  # type: ignore[no-untyped-def]
+    total, alpha, lora_act, lora_up, channel_scale, bias, rows, m, columns, n, R: tl.constexpr, EPILOGUE: tl.constexpr,
+    BIAS: tl.constexpr, IS_BF16: tl.constexpr, NATIVE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, FAULT: tl.constexpr,
+):
+    """Codes of one tile of D from its main sum; EPILOGUE and BIAS as in `nvfp4_gemm`, FAULT as in gemm_tiles."""
+    total = total * alpha
+    if EPILOGUE == 1:
+        total = with_low_rank(total, lora_act, lora_up, rows, m, columns, n, R, BLOCK_R, IS_BF16, NATIVE)
+    if EPILOGUE != 0:
+        channel = tl.load(channel_scale + columns, mask=columns < n, other=0)[None, :]
+    if BIAS != 0:
+        addend = tl.load(bias + columns, mask=columns < n, other=0)[None, :]
+        if FAULT == "bias_dropped_at_m1":
+            addend = tl.where(m == 1, tl.zeros_like(addend), addend)
+    if EPILOGUE == 2:
+        codes = code16(total, IS_BF16)
+        if BIAS == 1:
+            channel, addend = channel.broadcast_to((BLOCK_M, BLOCK_N)), addend.broadcast_to((BLOCK_M, BLOCK_N))
+            codes = fma16(codes, channel, addend, IS_BF16, NATIVE)
+        else:
+            codes = code16(value16(codes, IS_BF16) * value16(channel, IS_BF16), IS_BF16)
+        total = with_low_rank(
+            value16(codes, IS_BF16), lora_act, lora_up, rows, m, columns, n, R, BLOCK_R, IS_BF16, NATIVE)
+    elif EPILOGUE == 1:
+        if BIAS == 1:
+            total = scaled_and_biased(total, value16(channel, IS_BF16), value16(addend, IS_BF16), NATIVE)
+        else:
+            total = total * value16(channel, IS_BF16)
+    elif BIAS == 1:
+        total = total + value16(addend, IS_BF16)
+    codes = code16(total, IS_BF16)
+    if EPILOGUE == 0 and BIAS == 2:  # a sum of two 16-bit values keeps its rounding through binary32: 24 >= 2 * 11 + 2 bits
+        codes = code16(value16(codes, IS_BF16) + value16(addend, IS_BF16), IS_BF16)
+    return codes
+
+
+@triton.jit
 def nvfp4_gemm(  # type: ignore[no-untyped-def]
     a, a_scale, w, w_scale, lora_act, lora_up, channel_scale, bias, d, alpha, m, n8, k32,
     R: tl.constexpr, EPILOGUE: tl.constexpr, BIAS: tl.constexpr, IS_BF16: tl.constexpr, SWIZZLED: tl.constexpr,
@@ -221,32 +259,10 @@ def nvfp4_gemm(  # type: ignore[no-untyped-def]
             code_tile(a, rows, m, step, k, BLOCK_K), a_scales, code_tile(w, columns, n, step, k, BLOCK_K), w_scales, total,
             BLOCK_M, BLOCK_N, BLOCK_K, NATIVE, SCALED,
         )
-    total = total * alpha
-    if EPILOGUE == 1:
-        total = with_low_rank(total, lora_act, lora_up, rows, m, columns, n, R, BLOCK_R, IS_BF16, NATIVE)
-    if EPILOGUE != 0:
-        channel = tl.load(channel_scale + columns, mask=columns < n, other=0)[None, :]
-    if BIAS != 0:
-        addend = tl.load(bias + columns, mask=columns < n, other=0)[None, :]
-    if EPILOGUE == 2:
-        codes = code16(total, IS_BF16)
-        if BIAS == 1:
-            channel, addend = channel.broadcast_to((BLOCK_M, BLOCK_N)), addend.broadcast_to((BLOCK_M, BLOCK_N))
-            codes = fma16(codes, channel, addend, IS_BF16, NATIVE)
-        else:
-            codes = code16(value16(codes, IS_BF16) * value16(channel, IS_BF16), IS_BF16)
-        total = with_low_rank(
-            value16(codes, IS_BF16), lora_act, lora_up, rows, m, columns, n, R, BLOCK_R, IS_BF16, NATIVE)
-    elif EPILOGUE == 1:
-        if BIAS == 1:
-            total = scaled_and_biased(total, value16(channel, IS_BF16), value16(addend, IS_BF16), NATIVE)
-        else:
-            total = total * value16(channel, IS_BF16)
-    elif BIAS == 1:
-        total = total + value16(addend, IS_BF16)
-    codes = code16(total, IS_BF16)
-    if EPILOGUE == 0 and BIAS == 2:  # a sum of two 16-bit values keeps its rounding through binary32: 24 >= 2 * 11 + 2 bits
-        codes = code16(value16(codes, IS_BF16) + value16(addend, IS_BF16), IS_BF16)
+    codes = epilogue(
+        total, alpha, lora_act, lora_up, channel_scale, bias, rows, m, columns, n, R, EPILOGUE, BIAS, IS_BF16, NATIVE, BLOCK_R,
+        BLOCK_M, BLOCK_N, "",
+    )
     inside = (rows < m)[:, None] & (columns < n)[None, :]
     tl.store(d + rows.to(tl.int64)[:, None] * n + columns[None, :], codes, mask=inside)
 
@@ -301,7 +317,7 @@ def refusal(problem: Problem) -> str | None:
         (m >= 0 and n > 0 and n % 8 == 0, f"N is a positive multiple of 8, got N = {n}"),
         (k > 0 and k % 32 == 0, f"K is a positive multiple of 32, got K = {k}"),
         (r >= 0 and r % 16 == 0 and (r > 0) == (lora == "lora"), f"the rank is a multiple of 16, 0 without lora, got R = {r}"),
-        (problem.variant in _EPILOGUES, f"the variants are {', '.join(_EPILOGUES)}, got {problem.variant}"),
+        (problem.variant in EPILOGUES, f"the variants are {', '.join(EPILOGUES)}, got {problem.variant}"),
         (problem.variant != "plain" or lora == "nolora", "plain has no low-rank term"),
         (problem.variant == "plain" or bias != "biasafter", "only plain adds the bias after the cast"),
     )
@@ -360,7 +376,7 @@ def meta(problem: Problem, unit: Unit, tile: Tile, *, swizzled_scales: bool, sca
     """Compile-time arguments of `nvfp4_gemm` for a problem."""
     rank = problem.dim("r")
     return {
-        "R": rank, "EPILOGUE": _EPILOGUES[problem.variant], "BIAS": _BIASES[problem.option("bias")],
+        "R": rank, "EPILOGUE": EPILOGUES[problem.variant], "BIAS": BIASES[problem.option("bias")],
         "IS_BF16": int(problem.option("out") == "bf16"), "SWIZZLED": int(swizzled_scales), "NATIVE": int(unit.native),
         "SCALED": int(scaled), "BLOCK_M": tile.m, "BLOCK_N": tile.n, "BLOCK_K": tile.k,
         "BLOCK_R": min(tile.r, triton.next_power_of_2(max(rank, 16))), "GROUP_M": 8,
