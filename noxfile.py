@@ -13,6 +13,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import nox
@@ -25,14 +26,19 @@ nox.options.sessions = ["lint", "typecheck", "tests"]
 ROOMS = ("references", "conformance", "kernels", "golden")
 TARGETS = {  # target -> extras that its backends need in this release
     "cpu": "[fast]",
-    "cuda": "[blackwell]",
+    "cuda": "[blackwell,hopper,triton]",
     "ascend": "",
-    "rocm": "",
-    "xpu": "",
+    "rocm": "[rocm]",
+    "xpu": "[xpu]",
 }
 NVIDIA = Path("/proc/driver/nvidia/gpus")  # where the driver lists its devices; without one there is nothing to compile for
 TORCH = "torch==2.13.0"  # twins are compared bit for bit with one version
 TRITON = "triton==3.9.0"  # the interpreter and the compilers of one version
+INTERPRETED = {"TRITON_INTERPRET": "1"}  # Triton reads it when it is imported
+RUNTIMES = ("pocl-opencl-icd", "ocl-icd-libopencl1")  # OpenCL for CPUs
+NVCC = tuple(
+    f"nvidia-{name}>=13" for name in ("cuda-crt", "cuda-cuobjdump", "cuda-nvcc", "cuda-nvdisasm", "cuda-runtime", "nvvm")
+)
 LOWERING = ("triton-ascend==3.2.0", "ascendnpu-ir==1.2.0", "pybind11")  # the first installs a package named triton
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 ENVIRONMENT = {
@@ -81,10 +87,13 @@ def install(session: nox.Session, *requirements: str, device: bool = False) -> N
     shutil.rmtree("build", ignore_errors=True)
 
 
-def run(session: nox.Session, program: str, *arguments: str) -> None:
-    """Run a program of the environment; without one, the program beside the interpreter that runs nox."""
+def run(
+    session: nox.Session, program: str, *arguments: str, codes: Sequence[int] = (0,), env: Mapping[str, str] = ENVIRONMENT
+) -> None:
+    """Run a program of the environment; `codes` are its good exit codes. Without an environment, the program beside the interpreter
+    that runs nox."""
     beside = None if session.virtualenv.is_sandboxed else shutil.which(program, path=str(Path(sys.executable).parent))
-    session.run(beside or program, *arguments, env=ENVIRONMENT)
+    session.run(beside or program, *arguments, env=dict(env), success_codes=codes)
 
 
 def certify(session: nox.Session) -> None:
@@ -105,6 +114,9 @@ def cpu(session: nox.Session) -> None:
 @nox.session
 def cuda(session: nox.Session) -> None:
     """Certify the NVIDIA backends, or say in one sentence what is missing."""
+    if NVIDIA.is_dir():
+        install(session, f".{TARGETS['cuda']}", device=True)
+        run(session, "python", "-m", "lowbit.kernels.cuda_hopper", "--build", codes=(0, 1))  # no case then waits for a compiler
     certify(session)
 
 
@@ -121,14 +133,64 @@ def ascend(session: nox.Session) -> None:
 
 @nox.session
 def rocm(session: nox.Session) -> None:
-    """Certify the AMD backends, or say in one sentence what is missing."""
-    certify(session)
+    """Certify the Triton kernels for AMD chips, without one in Triton's CPU interpreter; compile them for gfx942 and gfx950."""
+    chip = Path("/dev/kfd").exists()
+    install(session, ".[test,fast,rocm]", *(() if chip else (TORCH, TRITON)), device=chip)
+    variables = ENVIRONMENT if chip else ENVIRONMENT | INTERPRETED
+    run(session, "python", "-m", "lowbit.kernels.rocm", env=variables)
+    ops = "fp8_quantize,fp8_convert_fnuz,fp8_requantize,gemm_w8a8_fp8"
+    options = ("--level", "L2", "--ops", ops, "--per-op", "10", "--timeout", "120", "--out", "reports/rocm")
+    run(session, "lowbit", "certify", "--target", "rocm", *options, *session.posargs, env=variables)
+    run(session, "pytest", "tests/rocm/check_kernels.py", "tests/rocm/check_compiled.py")
+    for name in ("gfx942", "gfx950"):  # from Triton's cache: the lines for the log
+        run(session, "python", "tests/rocm/compile_kernels.py", "--chip", name)
+
+
+def opencl(session: nox.Session) -> bool:
+    """Whether OpenCL offers a device to the environment of the session. Where none does, a runtime for CPUs is installed: as root
+    from the system's packages, then as a wheel."""
+    python = session.virtualenv.location + "/bin/python" if session.virtualenv.is_sandboxed else sys.executable
+    program = "import sys, lowbit.kernels.xpu as x; sys.exit(x.backend().execution == 'compiled')"
+
+    def there() -> bool:
+        command = [python, "-c", program]
+        return subprocess.run(command, capture_output=True, env=os.environ | ENVIRONMENT, check=False).returncode == 0
+
+    if there():
+        return True
+    if os.geteuid() == 0 and shutil.which("apt-get"):
+        command = ["apt-get", "install", "-y", "--no-install-recommends", *RUNTIMES]
+        try:
+            subprocess.run(command, capture_output=True, timeout=240, check=False)
+        except subprocess.TimeoutExpired:
+            session.log(f"{' '.join(command)} took more than 240 s and was left")
+        if there():
+            return True
+    try:
+        install(session, "pocl-binary-distribution")
+    except CommandFailed:
+        return False
+    return there()
 
 
 @nox.session
 def xpu(session: nox.Session) -> None:
-    """Certify the Intel GPU backends, or say in one sentence what is missing."""
-    certify(session)
+    """Certify the OpenCL kernels on an Intel GPU, without one on a CPU (emulated); compile them for Intel GPUs."""
+    try:
+        install(session, ".[test,fast,xpu]")
+    except CommandFailed:
+        session.skip("pyopencl cannot be installed here: it and an OpenCL runtime (pocl-opencl-icd) run the xpu kernels.")
+    found = opencl(session)
+    run(session, "python", "-m", "lowbit.kernels.xpu")
+    if not found:
+        session.skip("There is no OpenCL runtime: install the package pocl-opencl-icd, or intel-opencl-icd for a GPU.")
+    options = ("--level", "L2", "--ops", "gemm_w4a8_int8,int8_quantize,int4_pack", "--per-op", "40", "--out", "reports/xpu")
+    run(session, "lowbit", "certify", "--target", "xpu", *options, *session.posargs)
+    run(session, "pytest", "tests/xpu/check_kernels.py")
+    folder = Path(session.create_tmp()) / "ocloc"  # Intel's offline compiler, unpacked and not installed
+    run(session, "python", "tests/xpu/compile_kernels.py", "--fetch", str(folder), codes=(0, 2))  # 2: not to be had, as it says
+    if shutil.which("ocloc") or (folder / "tree").is_dir():
+        run(session, "pytest", "tests/xpu/check_compiled.py", env=ENVIRONMENT | {"OCLOC_FOLDER": str(folder)})
 
 
 @nox.session
@@ -137,6 +199,13 @@ def blackwell(session: nox.Session) -> None:
     tools = ("nvidia-cuda-nvdisasm>=13", "nvidia-cuda-cuobjdump>=13", TRITON, "pytest>=8.2")
     install(session, ".[blackwell]", TORCH, *tools)
     run(session, "pytest", "tests/blackwell/check_cute.py", "tests/blackwell/check_triton.py", *session.posargs)
+
+
+@nox.session
+def hopper(session: nox.Session) -> None:
+    """Compile the Hopper kernels with nvcc, ahead of time and without a device, and assert on the instructions that came out."""
+    install(session, ".", "pytest>=8.2", *NVCC)
+    run(session, "pytest", "tests/hopper/check_compile.py", *session.posargs)
 
 
 @nox.session
@@ -152,6 +221,24 @@ def triton(session: nox.Session) -> None:
     """The Triton int4 kernels in the CPU interpreter, judged by the suite, and compiled for GPUs that need not be present."""
     install(session, ".[test]", TORCH, TRITON)
     run(session, "pytest", "tests/ascend_lowering/check_interpreted.py", *session.posargs)
+
+
+@nox.session
+def interpreter(session: nox.Session) -> None:
+    """The triton backend in Triton's CPU interpreter: codecs, a million values per recipe, the ordinary cases, planted faults."""
+    install(session, ".[test,fast]", TORCH, TRITON)
+    checks = (f"tests/interpreter/check_{name}.py" for name in ("interpreter", "gemm_values", "gemm_cases", "gemm_compile"))
+    run(session, "pytest", *checks, *session.posargs)
+
+
+@nox.session
+def evals(session: nox.Session) -> None:
+    """The embedded model from end to end: quantised, swapped, asked, paired, judged; `-- --data FOLDER` adds gsm8k and mmlu."""
+    install(session, ".[evals,fast]", TORCH, "pytest>=8.2", "pytest-xdist>=3.6")
+    run(session, "pytest", "-n", "2", *(f"tests/evals/check_{name}.py" for name in ("tasks", "checkpoint", "embedded")))
+    local = "--data" in session.posargs  # the prompts of gsm8k and mmlu are long
+    sizes = ("--limit", "12", "--texts", "8", "--fewshot", "0") if local else ("--limit", "200", "--texts", "16")
+    run(session, "lowbit", "eval", "embedded", "--backend", "cpu", "--out", "reports/evals", *sizes, *session.posargs)
 
 
 @nox.session(python="3.11")  # the last for which triton-ascend 3.2.0 has a wheel
@@ -219,6 +306,9 @@ def mutants(session: nox.Session) -> None:
 
 @nox.session
 def bench(session: nox.Session) -> None:
-    """Time the references and the judge."""
+    """Time the references and the judge; `-- BACKEND [--against ...] [--tune]` times the kernels of a backend on its device."""
     install(session, ".[fast]")
-    run(session, "python", "-m", "lowbit.conformance.bench", *session.posargs)
+    if session.posargs:
+        run(session, "lowbit", "bench", *session.posargs)
+    else:
+        run(session, "python", "-m", "lowbit.conformance.bench")

@@ -48,8 +48,9 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("lowbit.conformance.session",),
     ("lowbit.conformance.run",),
     (
-        "lowbit.conformance.audit", "lowbit.conformance.bench", "lowbit.conformance.bundle", "lowbit.conformance.evals",
-        "lowbit.conformance.evals.*", "lowbit.conformance.explain",
+        "lowbit.conformance.audit", "lowbit.conformance.bench", "lowbit.conformance.bench_device",
+        "lowbit.conformance.bench_figures", "lowbit.conformance.bench_kernels", "lowbit.conformance.bundle",
+        "lowbit.conformance.evals", "lowbit.conformance.evals.*", "lowbit.conformance.explain",
         "lowbit.conformance.html", "lowbit.conformance.junit", "lowbit.conformance.mutants", "lowbit.conformance.plugin",
         "lowbit.conformance.reduce", "lowbit.conformance.strategies", "lowbit.conformance.survey",
         "lowbit.golden", "lowbit.golden.*",
@@ -65,9 +66,9 @@ KERNELS_MAY_IMPORT = ("lowbit.conformance.backend", *KERNELS)
 # ml_dtypes, gfloat and scipy are witnesses of the tests and therefore absent; see TIMED for the one exception.
 THIRD_PARTY: dict[str, tuple[str, ...]] = {
     "numpy": ("lowbit.*",),
-    "torch": (  # device: memory of accelerators, no numbers
-        "lowbit.references.torch_*", "lowbit.references.cuda_*", "lowbit.conformance.device", "lowbit.conformance.evals.*",
-        *KERNELS,
+    "torch": (  # device, bench_device: memory, events and graphs of accelerators, no numbers
+        "lowbit.references.torch_*", "lowbit.references.cuda_*", "lowbit.conformance.bench_device", "lowbit.conformance.device",
+        "lowbit.conformance.evals.*", *KERNELS,
     ),
     "numba": ("lowbit.references.numba_*", *KERNELS),
     "jinja2": ("lowbit.conformance.*",),
@@ -77,7 +78,13 @@ THIRD_PARTY: dict[str, tuple[str, ...]] = {
     "typer": ("lowbit.conformance.*",),
     "hypothesis": ("lowbit.conformance.plugin", "lowbit.conformance.strategies", "lowbit.conformance.suite.*"),
     "pytest": ("lowbit.conformance.plugin", "lowbit.conformance.suite.*"),
+    "datasets": ("lowbit.conformance.evals.*",),
+    "lm_eval": ("lowbit.conformance.evals.*",),
     "scipy": ("lowbit.conformance.evals.*",),
+    "threadpoolctl": ("lowbit.conformance.evals.*",),
+    "tokenizers": ("lowbit.conformance.evals.*",),
+    "transformers": ("lowbit.conformance.evals.*",),
+    "yaml": ("lowbit.conformance.evals.*",),
     "cutlass": ("lowbit.kernels.blackwell_room.*",),
     "cuda": ("lowbit.kernels.blackwell_room.*",),
     "triton": KERNELS,
@@ -85,6 +92,7 @@ THIRD_PARTY: dict[str, tuple[str, ...]] = {
     "modelopt": KERNELS,
     "onnx": KERNELS,
     "onnxruntime": KERNELS,
+    "pyopencl": KERNELS,
     "torchao": KERNELS,
 }
 
@@ -248,7 +256,8 @@ def test_third_party_packages_are_declared() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     extras = (text for name, texts in project["optional-dependencies"].items() if name != "test" for text in texts)
     declared = {text.replace("nvidia-", "").replace("-", "_") for text in (*project["dependencies"], *extras)}
-    imported = {"cutlass": "cutlass_dsl", "cuda": "cuda_bindings"}  # import name -> distribution, where they differ
+    # import name -> distribution, where they differ
+    imported = {"cutlass": "cutlass_dsl", "cuda": "cuda_bindings", "yaml": "pyyaml", "lm_eval": "lm_eval[hf]"}
     names = {imported.get(name, name) for name in THIRD_PARTY}
     assert {name for name in names if not any(text.startswith((f"{name}>", f"{name}=")) for text in declared)} == set()
 

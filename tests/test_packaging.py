@@ -27,7 +27,7 @@ ROOT = Path(__file__).parents[1]
 ROOMS = ("references", "conformance", "kernels", "golden")
 PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 VERSION: str = PROJECT["project"]["version"]
-SHIPPED = {".cpp", ".cu", ".cuh", ".h", ".j2", ".json", ".npz", ".py", ".typed"}
+SHIPPED = {".cl", ".cpp", ".cu", ".cuh", ".h", ".j2", ".json", ".jsonl", ".npz", ".py", ".safetensors", ".typed"}
 
 
 def build(tree: Path, kind: str, out: Path) -> Path:
@@ -179,7 +179,7 @@ def test_the_top_level_name_kernels_is_left_to_others() -> None:
 def test_extras_are_used() -> None:
     """An extra that nothing needs yet is a promise without content."""
     assert set(PROJECT["project"]["optional-dependencies"]) == {
-        "fast", "torch", "blackwell", "evals", "property", "subjects", "test",
+        "fast", "torch", "blackwell", "evals", "hopper", "property", "rocm", "subjects", "test", "triton", "xpu",
     }
 
 
@@ -194,5 +194,5 @@ def test_sessions_named_in_the_documentation_exist() -> None:
     assert {"cpu", "tests"} <= named <= sessions
     assert sessions == {
         "cpu", "cuda", "ascend", "rocm", "xpu", "tests", "lint", "typecheck", "golden", "mutants", "bench", "blackwell", "triton",
-        "probes", "ascend_lowering",
+        "probes", "ascend_lowering", "evals", "hopper", "interpreter",
     }
