@@ -90,8 +90,8 @@ def install(session: nox.Session, *requirements: str, device: bool = False) -> N
 def run(
     session: nox.Session, program: str, *arguments: str, codes: Sequence[int] = (0,), env: Mapping[str, str] = ENVIRONMENT
 ) -> None:
-    """Run a program of the environment; `codes` are its good exit codes. Without an environment, the program beside the interpreter
-    that runs nox."""
+    """Run a program of the environment; `codes` are its good exit codes. Without an environment, the program beside the
+    interpreter that runs nox."""
     beside = None if session.virtualenv.is_sandboxed else shutil.which(program, path=str(Path(sys.executable).parent))
     session.run(beside or program, *arguments, env=dict(env), success_codes=codes)
 
