@@ -93,7 +93,7 @@ def fake_torch(hip: str | None = "7.2", available: bool = True, arch: str = "gfx
     (fake_torch(available=False), ("gfx942",), Sight(fault="gfx942 is visible to the driver, but torch 2.13.0 sees no device")),
     (fake_torch(), ("gfx942",), Sight(chip="gfx942")), (fake_torch(arch="gfx950"), (), Sight(chip="gfx950")),
     (fake_torch(arch="gfx1100"), (), Sight(absence="needs gfx942 or gfx950, found gfx1100")),
-], ids=str)
+], ids=("no_torch", "no_rocm", "no_rocm_but_a_chip", "no_device", "no_device_but_a_chip", "gfx942", "gfx950", "gfx1100"))
 def test_what_torch_and_the_driver_show(torch_module: Any, listed: tuple[str, ...], sight: Sight) -> None:
     assert look_through(torch_module, listed) == sight
 
