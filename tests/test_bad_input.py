@@ -277,7 +277,7 @@ def test_code_is_that_of_the_process(lowbit: Command, tmp_path: Path, arguments:
 
 
 def test_target_without_a_backend_is_said_in_one_sentence(inside: Command) -> None:
-    only_sentence(inside("certify", "--target", "xpu"), ExitCode.NOTHING_TO_CERTIFY, "target xpu: nothing to certify")
+    only_sentence(inside("certify", "--target", "vulkan"), ExitCode.NOTHING_TO_CERTIFY, "target vulkan: nothing to certify")
 
 
 @pytest.fixture(scope="module")
