@@ -684,11 +684,12 @@ def eval_(
         raise Stop(ExitCode.USAGE, f"eval needs more than is installed ({error}); install lowbit[evals]") from error
     try:
         reports.prepare_folder(out)
+        held = None if certificate is None else _held(certificate)
         found = runner.evaluate(
             model, backend, out=out, reference=reference, tasks=[name for name in tasks.split(",") if name], recipe=recipe,
             base=base, data=data, limit=limit, texts=texts, batch=batch, fewshot=fewshot, margin=margin, seed=seed, dtype=dtype,
             device=device, samples=samples_out, localise=localise,
-            certificate=None if certificate is None else reports.load(certificate), told=_told,
+            certificate=held, told=_told,
         )
     except KeyboardInterrupt as error:
         raise Stop(ExitCode.INTERRUPTED, f"interrupted; the same command goes on from what is in {out}") from error
@@ -701,6 +702,14 @@ def eval_(
     _write_json(json_path, records.to_data(found))
     if records.drifts(found):
         raise Stop(ExitCode.FAILED, "the backend DRIFTS from the reference arithmetic")
+
+
+def _held(certificate: Path) -> reports.Report:
+    """A report that `lowbit verify` finds nothing in. Stops with code 3 where it does."""
+    findings = reports.verify(certificate, datetime.now(UTC), contract=CONTRACT)
+    if findings:
+        raise Stop(ExitCode.BAD_INPUT, f"certificate {certificate}: {'; '.join(findings[:3])}")
+    return reports.load(certificate)
 
 
 # the door ------------------------------------------------------------------------------------------------------------

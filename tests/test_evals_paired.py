@@ -204,6 +204,12 @@ def test_a_floor_of_zero_gives_infinity_unless_both_are_zero() -> None:
     assert bootstrap_ratio(zeros, zeros) == Interval(1.0, 1.0)
 
 
+@pytest.mark.parametrize("value", [math.inf, math.nan])
+def test_a_denominator_that_is_not_finite_bounds_nothing(value: float) -> None:
+    ones = [np.ones(3), np.ones(2)]
+    assert bootstrap_ratio(ones, [np.ones(3), np.array([1.0, value])]) == Interval(0.0, math.inf)
+
+
 def test_the_ratio_covers_the_truth() -> None:
     """200 seeded experiments with a true ratio of 2; texts of unequal length with a common factor per text."""
     draw, covered = np.random.Generator(np.random.Philox(7)), 0

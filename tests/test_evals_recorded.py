@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -83,9 +85,22 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
     tensors["in.a"] = tensors["in.a"][:2].copy()
     metadata = {"lowbit": json.loads(header)["__metadata__"]["lowbit"]}
     save_file(tensors, path, metadata=metadata)
-    with pytest.raises(ReportError, match=r"in\.a is uint16\[2, 256\], expected \[3, 256\]"):
+    with pytest.raises(ReportError, match=r"in\.a is uint16\[2, 256\], expected uint16\[3, 256\]; localise again"):
         read(path)
     del tensors["in.a"]
     save_file(tensors, path, metadata=metadata)
     with pytest.raises(ReportError, match="make no sense"):
         read(path)
+
+
+@pytest.mark.parametrize(
+    ("found", "got"),
+    [
+        (np.zeros(1, np.uint16), r"uint16\[1\]"), (np.zeros((0, 128), np.uint16), r"uint16\[0, 128\]"),
+        (np.zeros((3, 128), np.uint8), r"uint8\[3, 128\]"), (np.zeros((3, 128), np.int16), r"int16\[3, 128\]"),
+    ],
+)
+def test_outputs_of_another_shape_or_type_are_refused(found: Any, got: str, tmp_path: Path) -> None:
+    store(tmp_path / "call.safetensors", replace(call("w4a16"), found=found))
+    with pytest.raises(ReportError, match=rf"out\.d is {got}, expected uint16\[3, 128\]; localise again$"):
+        read(tmp_path / "call.safetensors")

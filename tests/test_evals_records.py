@@ -17,7 +17,7 @@ import pytest
 
 import lowbit.conformance.evals
 from lowbit.conformance.cli import main
-from lowbit.conformance.evals.answers import EvalError
+from lowbit.conformance.evals.answers import Answered, EvalError, check_pairs, claim_folder
 from lowbit.conformance.evals.checkpoint import CheckpointError
 from lowbit.conformance.evals.page import page
 from lowbit.conformance.evals.paired import Outcome, Table, compare
@@ -26,6 +26,7 @@ from lowbit.conformance.evals.records import (
     Eval,
     Kernel,
     Operation,
+    Ran,
     TaskResult,
     TextPair,
     alarms,
@@ -38,7 +39,9 @@ from lowbit.conformance.evals.records import (
 )
 from lowbit.conformance.evals.tokens import Ratio, TextDifference, compare_tokens
 from lowbit.conformance.exit_codes import ExitCode
-from lowbit.conformance.report import Report
+from lowbit.conformance.report import Report, suite_version, to_json
+from lowbit.conformance.report_records import Claim
+from lowbit.conformance.selection import CONTRACT
 
 
 @cache
@@ -54,12 +57,21 @@ def sample() -> Report:
     return found
 
 
-def certificate(level: int | None = 3, backend: str = "cpu") -> Report:
-    """The sample as if it granted a level to a backend."""
+SAID = {"numpy": "2.0"}
+RAN = Ran("cpu", "torch_twin", SAID, "executed", 3, 2)
+
+
+def certificate(level: int | None = 3, backend: str = "cpu", **changes: object) -> Report:
+    """The sample as if it granted a level to a backend, by this suite."""
     found = copy(sample())
-    object.__setattr__(found, "level_granted", level)  # a report checks itself; here only what L4 reads matters
-    object.__setattr__(found, "subject", replace(found.subject, reference=backend))
+    subject = replace(found.subject, reference=backend, describe={**SAID, "tensors": "weights.safetensors"})
+    read = {"level_granted": level, "subject": subject, "suite": suite_version(), "contract": CONTRACT} | changes
+    for name, value in read.items():
+        object.__setattr__(found, name, value)  # a report checks itself; here only what L4 reads matters
     return found
+
+
+P = "gemm_w4a16/sym/k128"
 
 
 def task(name: str, table: Table, **changes: object) -> TaskResult:
@@ -73,11 +85,12 @@ def task(name: str, table: Table, **changes: object) -> TaskResult:
     return replace(made, **changes)  # type: ignore[arg-type]
 
 
-def kernel(backend: float = 1.0, outside: int = 0) -> Kernel:
-    texts = [TextDifference((backend * 1e-5, backend * 2e-5), int(backend > 100), 0 if backend > 100 else -1) for _ in range(3)]
-    floor = [TextDifference((1e-5, 2e-5), 0, -1) for _ in range(3)]
+def kernel(backend: float = 1.0, outside: int = 0, count: int = 16) -> Kernel:
+    far = backend > 100
+    texts = [TextDifference((backend * 1e-5, backend * 2e-5), int(far), 0 if far else -1) for _ in range(count)]
+    floor = [TextDifference((1e-5, 2e-5), 0, -1) for _ in range(count)]
     tokens = compare_tokens(texts, floor)
-    operations = (Operation("up", "p", 64, 0, 0.25), Operation("down", "p", 64, outside, 0.5))
+    operations = (Operation("up", P, 64, 0, 0.25), Operation("down", P, 64, outside, 0.5))
     first = "down" if outside else None
     pairs = tuple(TextPair(f"t/{at}", 2, backend * 1.5e-5, 1.5e-5 if at else 0.0, text.flips) for at, text in enumerate(texts))
     return Kernel(
@@ -88,7 +101,7 @@ def kernel(backend: float = 1.0, outside: int = 0) -> Kernel:
 
 def made(one: Kernel, *tasks: TaskResult, report: Report | None = None) -> Eval:
     settings = {"backend": "cpu", "reference": "reference", "recipe": "w4a16", "limit": None}
-    said = serving(tasks, one, "cpu", report)
+    said = serving(tasks, one, RAN, report)
     return Eval(SCHEMA, "1", settings, "a <model>", tasks, one, said, {"k": 3}, ("mmlu was not asked",), 1.5)
 
 
@@ -113,7 +126,8 @@ def test_the_file_comes_back_and_others_are_refused(tmp_path: Path) -> None:
 def test_level_four_is_granted_over_level_three() -> None:
     found = made(kernel(), task("gsm8k", GOOD), report=certificate())
     assert found.serving.outcome == "granted"
-    assert "SERVES on gsm8k" in found.serving.reasons[0]
+    said = "SERVES on gsm8k (1000 questions, margin 2 points), token by token (32 tokens of 16 texts), and in 2 of 3 replaced"
+    assert found.serving.reasons == (f"{said} Linears; executed",)
     assert not drifts(found)
 
 
@@ -132,10 +146,73 @@ def test_level_four_is_granted_over_level_three() -> None:
     (kernel(), [task("a", GOOD, stopped=Table(90, 10, 0, 0), stop_p=2**-9)], certificate(), "a: 90 answers ended by themselves"),
 ])
 def test_level_four_is_refused_for_one_reason(one: Kernel, tasks: list[TaskResult], report: Report | None, reason: str) -> None:
-    found = serving(tasks, one, "cpu", report)
+    found = serving(tasks, one, RAN, report)
     assert found.outcome == "refused"
     assert len(found.reasons) == 1
     assert found.reasons[0].startswith(reason)
+
+
+@pytest.mark.parametrize(("changes", "reason"), [
+    ({"suite": "2020.1.0"}, "the certificate is of suite 2020.1.0, installed is"),
+    ({"contract": "0"}, "the certificate is of contract 0, installed is"),
+    ({"claims": (Claim("gemm_w4a16", 0, 9, {}, ()), Claim("int4_pack", 9, 9, {}, ()))},
+     "the certificate claims no support of gemm_w4a16"),
+])
+def test_a_certificate_of_something_else_shows_nothing(changes: dict[str, object], reason: str) -> None:
+    found = serving([task("a", GOOD)], kernel(), RAN, certificate(**changes))  # type: ignore[arg-type]
+    assert (found.outcome, len(found.reasons)) == ("refused", 1)
+    assert found.reasons[0].startswith(reason)
+
+
+@pytest.mark.parametrize(("ran", "reason"), [
+    (replace(RAN, judge="cpu"), "the judge was cpu, not the reference arithmetic"),
+    (replace(RAN, reached=3), "2 of 3 Linears that were reached were judged on their own"),
+    (replace(RAN, describe={"numpy": "2.1"}, execution="emulated"),
+     "the certificate is of another build or device (emulated here): numpy was '2.0' there and is '2.1' here"),
+])
+def test_level_four_is_of_this_backend_by_this_judge(ran: Ran, reason: str) -> None:
+    found = serving([task("a", GOOD)], kernel(), ran, certificate())
+    assert (found.outcome, len(found.reasons)) == ("refused", 1)
+    assert found.reasons[0].startswith(reason)
+
+
+@pytest.mark.parametrize(("one", "tasks", "reason"), [
+    (kernel(), [], "no task was asked"),
+    (kernel(count=15), [task("a", GOOD)], "15 texts were compared token by token; at least 16 are needed"),
+    (replace(kernel(), operations=()), [task("a", GOOD)], "0 of 2 Linears that were reached"),
+    (kernel(), [task("a", GOOD, kernel=compare(GOOD, margin=0.5))], "a has a margin of 50 points at 95 %"),
+    (kernel(), [task("a", GOOD, kernel=compare(GOOD, margin=0.02, confidence=0.6))], "a has a margin of 2 points at 60 %"),
+])
+def test_level_four_is_not_granted_on_nothing(one: Kernel, tasks: list[TaskResult], reason: str) -> None:
+    found = serving(tasks, one, RAN, certificate())
+    assert (found.outcome, len(found.reasons)) == ("refused", 1)
+    assert found.reasons[0].startswith(reason)
+
+
+def answered(*keys: str, context: str = "c", generated: bool = True) -> list[Answered]:
+    return [Answered(key, True, context, "1", generated, 8) for key in keys]
+
+
+def test_only_the_same_questions_are_paired() -> None:
+    check_pairs("t", {"full": answered("a", "b"), "backend": answered("a", "b")})
+    check_pairs("t", {"full": answered("a", generated=False), "backend": answered("a", context="d", generated=False)})
+    with pytest.raises(EvalError, match="t: at place 0 backend answered question b, full a"):
+        check_pairs("t", {"full": answered("a", "b"), "floor": answered("a", "b"), "backend": answered("b", "a")})
+    with pytest.raises(EvalError, match="at place 0 backend answered a after other words"):
+        check_pairs("t", {"full": answered("a"), "backend": answered("a", context="d")})
+    with pytest.raises(EvalError, match="backend answered 1 questions, full 2"):
+        check_pairs("t", {"full": answered("a", "b"), "backend": answered("a")})
+
+
+def test_a_folder_is_that_of_one_run(tmp_path: Path) -> None:
+    claim_folder(tmp_path / "run", {"a": 1})
+    claim_folder(tmp_path / "run", {"a": 1})
+    with pytest.raises(EvalError, match="holds answers of another run: a was 1 there and is 2 here"):
+        claim_folder(tmp_path / "run", {"a": 2})
+    (tmp_path / "reference-gsm8k.jsonl").write_text("", encoding="utf-8")
+    with pytest.raises(EvalError, match=r"holds reference-gsm8k\.jsonl and no settings\.json"):
+        claim_folder(tmp_path, {"a": 1})
+    assert not (tmp_path / "settings.json").exists()
 
 
 def test_lengths_within_a_tenth_are_no_alarm() -> None:
@@ -190,7 +267,7 @@ def test_the_page_draws_what_was_found() -> None:
     assert places.ids == ["evals"]
     assert "a &lt;model&gt;" in text
     assert "http" not in text.replace("http-equiv", "")
-    assert text.count('class="dot flipped"') == 3
+    assert text.count('class="dot flipped"') == 16
     assert len(re.findall(r'class="(?:pass|fail|near)" viewBox="0 0 100 10" preserveAspectRatio="none" role="img"', text)) == 2
     assert "16 of 64 outside" in text
     assert '<rect class="fill" width="25.00" height="10"/></svg><span class="end">16 of 64 outside' in text  # 16 of 64
@@ -273,6 +350,16 @@ def test_the_command_ends_with_a_code_and_a_sentence(
 ) -> None:
     assert command(monkeypatch, given, "m", "-b", "cpu", "--out", str(tmp_path / "out"))[0] == code
     assert said in capsys.readouterr().err
+
+
+def test_a_stale_certificate_is_found_before_anything_is_asked(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, found = tmp_path / "report.json", made(kernel(), task("gsm8k", GOOD))
+    file.write_text(to_json(sample()), encoding="utf-8")  # whole, and of contract 1
+    code, asked = command(monkeypatch, found, "m", "-b", "cpu", "--certificate", str(file), "--out", str(tmp_path / "out"))
+    assert (code, asked) == (ExitCode.BAD_INPUT, {})
+    assert f"not fresh: the report is of contract 1, installed is {CONTRACT}; certify again" in capsys.readouterr().err
 
 
 def test_the_command_says_what_to_install(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -65,6 +65,14 @@ def test_without_any_noise() -> None:
     assert (found.ratio.lower, found.ratio.upper) == (None, None)
 
 
+@pytest.mark.parametrize("backend", [(0.0, 0.0, 0.0), (9.0, 9.0, 9.0), (math.inf, math.inf, math.inf)])
+@pytest.mark.parametrize("floor", [(math.inf, 1.0, 1.0), (math.nan, 1.0, 1.0), (math.inf, math.inf, math.inf)])
+def test_a_floor_that_is_not_finite_says_nothing(backend: tuple[float, ...], floor: tuple[float, ...]) -> None:
+    found = compare_tokens(texts(*backend), texts(*floor))
+    assert found.outcome is Outcome.INCONCLUSIVE
+    assert (found.ratio.lower, found.ratio.upper, found.floor_kl) == (0.0, None, None)
+
+
 def test_means_and_flips_are_over_tokens() -> None:
     backend = [TextDifference((1.0, 2.0, 3.0), 2, 1), TextDifference((6.0,), 0, -1), TextDifference((0.0, 0.0), 1, 0)]
     found = compare_tokens(backend, [TextDifference((1.0,) * len(text.kl), 0, -1) for text in backend])

@@ -3,7 +3,8 @@
 Decides: the file (one JSON object per line: kind, key, value), what counts as answered, and the batches, which do not depend on
 what was answered before. A batch is asked as a whole, since its other rows bear on a row's last bits; one that a kill cut short
 is asked again whole, every other batch never again.
-Refuses: a folder whose answers belong to another run, in one sentence that names what differs.
+Refuses: a folder whose answers belong to another run, in one sentence that names what differs; answers of which nothing says
+whose they are; and arms that did not answer the same questions in the same order.
 """
 
 from __future__ import annotations
@@ -12,10 +13,11 @@ import json
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Answers", "EvalError", "Told", "claim_folder", "to_stderr"]
+__all__ = ["Answered", "Answers", "EvalError", "Told", "check_pairs", "claim_folder", "to_stderr"]
 
 Told = Callable[[str], None]
 """Called with one line of progress."""
@@ -23,6 +25,32 @@ Told = Callable[[str], None]
 
 class EvalError(ValueError):
     """An evaluation that cannot be run or read as asked."""
+
+
+@dataclass(frozen=True, slots=True)
+class Answered:
+    """One question of one arm. `context`, `answer`: what the arm was told and what it wrote, for a choice the likeliest one."""
+
+    key: str
+    right: bool
+    context: str
+    answer: str
+    generated: bool
+    room: int  # tokens that a generated answer could have had; 0 for choices
+
+
+def check_pairs(task: str, answered: Mapping[str, Sequence[Answered]]) -> None:
+    """Raises EvalError unless all arms answered the same questions in the same order, generated ones after the same words."""
+    first, *others = answered
+    for arm in others:
+        if len(answered[arm]) != len(answered[first]):
+            counts = f"{len(answered[arm])} questions, {first} {len(answered[first])}"
+            raise EvalError(f"{task}: {arm} answered {counts}; only pairs are compared, so name another folder by --out")
+        for at, (one, other) in enumerate(zip(answered[first], answered[arm], strict=True)):
+            if one.key != other.key or one.generated != other.generated or (one.generated and one.context != other.context):
+                what = f"question {other.key}, {first} {one.key}" if one.key != other.key else f"{one.key} after other words"
+                text = f"{task}: at place {at} {arm} answered {what}"
+                raise EvalError(f"{text}; only pairs are compared, name another folder by --out")
 
 
 def to_stderr(line: str) -> None:
@@ -66,7 +94,8 @@ class Answers:
 
 
 def claim_folder(folder: Path, settings: Mapping[str, Any]) -> None:
-    """Make the folder that of a run with these settings. Raises EvalError where it is that of another."""
+    """Make the folder that of a run with these settings. Raises EvalError where it is that of another, or may be: it holds
+    answers and no settings."""
     path = folder / "settings.json"
     wanted = json.loads(json.dumps(dict(settings)))
     if path.exists():
@@ -79,6 +108,10 @@ def claim_folder(folder: Path, settings: Mapping[str, Any]) -> None:
                 f"{f', and {len(differing) - 1} more settings differ' if differing[1:] else ''}; name another folder"
             )
         return
+    left = sorted(folder.glob("*.jsonl"))
+    if left:
+        text = f"{folder} holds {left[0].name} and no settings.json, so nothing says whose answers these are"
+        raise EvalError(f"{text}; name another folder")
     folder.mkdir(parents=True, exist_ok=True)
     work = path.with_suffix(".tmp")
     work.write_text(json.dumps(wanted, indent=1, sort_keys=True) + "\n", encoding="utf-8")

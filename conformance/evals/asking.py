@@ -11,7 +11,6 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from lm_eval.api.instance import Instance
@@ -19,25 +18,13 @@ from lm_eval.api.model import LM
 from lm_eval.evaluator import evaluate
 from lm_eval.models.huggingface import HFLM
 
-from .answers import Answers, EvalError, Told
+from .answers import Answered, Answers, EvalError, Told
 from .tasks import Suite, is_right
 
-__all__ = ["Answered", "ask"]
+__all__ = ["ask"]
 
 _GROUP = {"generate_until": 1, "loglikelihood": 4}
 """Batches are so many times the batch size: requests of one question share their context, which costs one row for letters."""
-
-
-@dataclass(frozen=True, slots=True)
-class Answered:
-    """One question of one arm. `context`, `answer`: what the arm was told and what it wrote, for a choice the likeliest one."""
-
-    key: str
-    right: bool
-    context: str
-    answer: str
-    generated: bool
-    room: int  # tokens that a generated answer could have had; 0 for choices
 
 
 class _Recorded(LM):  # type: ignore[misc]

@@ -27,7 +27,10 @@ from .checkpoint import Checkpoint, CheckpointError, open_checkpoint
 from .quantise import RECIPES, WeightRecipe, input_maxima
 from .swap import Summary, empty_linears, load_rest, swap
 
-__all__ = ["Feed", "Loaded", "Source", "answer_logits", "bias_of", "calibrated", "load", "load_full", "source"]
+__all__ = [
+    "Feed", "Loaded", "Source", "answer_logits", "bias_of", "calibrated", "config_of", "load", "load_full", "source",
+    "tokenizer_of",
+]
 
 
 class Feed(StrEnum):
@@ -78,25 +81,56 @@ def source(folder: Path, recipe: str, dtype: str, device: str) -> Source:
     return Source(folder, checkpoint, RECIPES.get(recipe), dtypes[dtype], device)
 
 
-def load_full(folder: Path, dtype: torch.dtype, device: str) -> Loaded:
-    """The model as stored, in `dtype`. Raises EvalError for a quantised checkpoint."""
+def config_of(folder: Path) -> Any:
+    """The configuration, as transformers reads it, without code of the folder's own. Raises EvalError."""
+    try:
+        return transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # what a broken file makes transformers raise is nowhere written
+        text = f"{folder}: transformers cannot read its configuration ({_said(error)})"
+        raise EvalError(f"{text}; name a folder whose config.json is that of a causal language model") from error
+
+
+def tokenizer_of(folder: Path) -> Any:
+    """The tokenizer, without code of the folder's own. Raises EvalError."""
+    try:
+        return transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:
+        text = f"{folder}: transformers cannot read its tokenizer ({_said(error)})"
+        raise EvalError(f"{text}; put tokenizer.json and tokenizer_config.json beside the weights") from error
+
+
+def _said(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+
+
+def load_full(folder: Path, dtype: torch.dtype, device: str, config: Any = None) -> Loaded:
+    """The model as stored, in `dtype`. It decodes as its configuration says, or that of the arms, `config`: what else the folder
+    says of decoding would be a difference that no quantisation made. Raises EvalError for a quantised checkpoint."""
     if "quantization_config" in open_checkpoint(folder).config:
         raise EvalError(f"{folder} is quantised; the full-precision arm needs the folder of plain weights")
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True)
+    try:
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, local_files_only=True, trust_remote_code=False
+        )
+    except Exception as error:
+        text = f"{folder}: transformers cannot load this model ({_said(error)})"
+        raise EvalError(f"{text}; name a causal language model") from error
+    model.generation_config = transformers.GenerationConfig.from_model_config(model.config if config is None else config)
     return Loaded(model.to(device).eval(), None)
 
 
 def load(given: Source, arm: Arm, maxima: dict[str, float] | None = None) -> Loaded:
     """The model with its Linears computed by an arm. Raises EvalError, CheckpointError, SchemeError, RecipeError, ArmError."""
-    config = transformers.AutoConfig.from_pretrained(given.folder, local_files_only=True)
+    config = config_of(given.folder)
     if hasattr(config, "quantization_config"):
         del config.quantization_config  # transformers would build its own Linears
     try:
         with empty_linears():
-            model = transformers.AutoModelForCausalLM.from_config(config, dtype=given.dtype)
+            model = transformers.AutoModelForCausalLM.from_config(config, dtype=given.dtype, trust_remote_code=False)
     except ValueError as error:
         text = f"{given.folder}: transformers cannot build this model ({error})"
         raise EvalError(f"{text}; name a causal language model") from error
+    model.generation_config = transformers.GenerationConfig.from_model_config(config)
     model.tie_weights()
     summary = swap(model, arm, checkpoint=given.checkpoint, recipe=given.recipe, device=given.device, input_amax=maxima)
     load_rest(model, given.checkpoint)

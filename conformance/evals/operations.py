@@ -1,8 +1,9 @@
 """Each Linear of an arm on its own: on inputs that the reference gave it, are its outputs what its declaration admits?
 
-Decides: which calls are judged (one row, as in generation, and a block of rows, as in a prompt), on which inputs (rows that the
-reference arm met in the texts of the evaluation), and which operation is named: the first, in the order of the forward, with an
-output outside its admissible interval. Its case is written as a file.
+Decides: which calls are judged (one row, as in generation, and blocks of 16 and 128 rows, as in a prompt), on which inputs (rows
+that the reference arm met in the texts of the evaluation), and which operation is named: the first, in the order of the forward,
+with an output outside its admissible interval. Its case is written as a file. Each arm is called with a copy of the rows: what a
+kernel does to its inputs changes neither its judge nor the other arm.
 Refuses: nothing; a layer that no text reaches is not judged and not counted.
 
 No floor is needed here: the interval holds every result that the declared arithmetic can give, so one output outside is a fault.
@@ -22,14 +23,15 @@ from ..ops import ops
 from .activations import codes_of
 from .arms import Arm, call_operands
 from .linear import ContractLinear
-from .models import Feed, Loaded, Source, answer_logits, bias_of
+from .models import Feed, Loaded, Source, answer_logits
 from .recorded import Recorded, store
 from .records import Operation
+from .swap import stored_bias
 
 __all__ = ["inputs_of", "judge_operations"]
 
-_ROWS = (1, 16)
-_MORE_ROWS = (1, 16, 128)  # where a fault is to be found, not only to be noticed
+_ROWS = (1, 16, 128)
+_MORE_ROWS = (1, 5, 16, 67, 128)  # with blocks that fill no tile: where a fault is to be found, not only to be noticed
 
 
 def inputs_of(reference: Loaded, texts: Sequence[tuple[Sequence[int], Sequence[int]]]) -> dict[str, torch.Tensor]:
@@ -62,7 +64,7 @@ def judge_operations(
     *, closely: bool = False,
 ) -> list[Operation]:
     """Every layer of `inputs`, in its order. `folder`: where the first faulty call is written; what another run left there is
-    removed. `closely`: also on 128 rows."""
+    removed. `closely`: also on 5 and on 67 rows. Where `inputs` has fewer rows than a block, the block is of those."""
     for left in folder.glob("*.safetensors"):
         left.unlink()
     rows = _MORE_ROWS if closely else _ROWS
@@ -75,13 +77,13 @@ def _judged(
 ) -> Operation:
     own, other = (loaded.model.get_submodule(name) for loaded in (backend, reference))
     assert reference.summary is not None
-    linear, bias = reference.summary.linear(name), bias_of(given, name)
+    linear, bias = reference.summary.linear(name), stored_bias(given.checkpoint, name, given.dtype)
     outputs = outside = differing = 0
     worst, text = 0, ""
-    for rows in sizes:
+    for rows in sorted({min(size, len(x)) for size in sizes}):
         part = x[:rows].contiguous()
         problem, operands = call_operands(linear, other.layer.out, part, bias)
-        found, wanted = (codes_of(module(part)).cpu().numpy().view(np.uint16) for module in (own, other))
+        found, wanted = (codes_of(module(part.clone())).cpu().numpy().view(np.uint16) for module in (own, other))
         case = Case(problem, "recorded", 0)
         declaration = arm.declare(problem)
         admitted = gemm_expect(ops()[problem.op], case, operands, declaration)["d"].admits(found)

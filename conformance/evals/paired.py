@@ -179,11 +179,14 @@ def bootstrap_ratio(
     numerator: Sequence[_Floats], denominator: Sequence[_Floats], *, confidence: float = 0.95, draws: int = 2000, seed: int = 1,
 ) -> Interval:
     """Interval of mean(numerator) / mean(denominator) over tokens, where entry i of both holds the values of text i: whole texts
-    are drawn with replacement, because the tokens of a text are not independent. Percentile bootstrap by Philox."""
+    are drawn with replacement, because the tokens of a text are not independent. Percentile bootstrap by Philox. A denominator
+    with a value that is not finite bounds nothing: the interval is 0 to infinity."""
     if len(numerator) != len(denominator) or len(numerator) < 2:
         raise ValueError(f"need the same two or more texts in both arms, got {len(numerator)} and {len(denominator)}")
     above = np.array([values.sum() for values in numerator])
     below = np.array([values.sum() for values in denominator])
+    if not np.isfinite(below).all():  # a finite mean over an infinite one is 0, the best ratio there is
+        return Interval(0.0, math.inf)
     sizes = np.array([[len(values) for values in side] for side in (numerator, denominator)])
     picked = np.random.Generator(np.random.Philox(seed)).integers(0, len(above), (draws, len(above)))
     means = above[picked].sum(1) / sizes[0][picked].sum(1), below[picked].sum(1) / sizes[1][picked].sum(1)

@@ -87,12 +87,13 @@ def read(path: Path) -> Recorded:
         problem = parse_problem(header["problem"], ops())
         given: dict[str, Tensor] = {}
         for tensor in tensors_of(ops()[problem.op], problem):
-            if tensor.role is Role.OUTPUT:
-                continue
-            codes = tensors[f"in.{tensor.name}"]
-            if codes.shape != tensor.shape or codes.dtype != container(tensor.format):
-                raise ReportError(f"{path}: in.{tensor.name} is {codes.dtype}{list(codes.shape)}, expected {list(tensor.shape)}")
-            given[tensor.name] = Tensor(codes, tensor.format)
+            key = f"{'out' if tensor.role is Role.OUTPUT else 'in'}.{tensor.name}"
+            codes, wanted = tensors[key], container(tensor.format)
+            if codes.shape != tensor.shape or codes.dtype != wanted:
+                text = f"{codes.dtype}{list(codes.shape)}, expected {wanted}{list(tensor.shape)}"
+                raise ReportError(f"{path}: {key} is {text}; localise again")
+            if tensor.role is not Role.OUTPUT:
+                given[tensor.name] = Tensor(codes, tensor.format)
         declaration = declaration_from_data(header["declaration"])
         return Recorded(header["layer"], header["arm"], problem, Operands(given), declaration, tensors["out.d"])
     except (KeyError, TypeError, ValueError) as error:

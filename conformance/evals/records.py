@@ -2,35 +2,40 @@
 
 Decides: the schema, when a backend serves, and how each verdict is said. Shares are of all questions, differences are backend
 minus reference.
-Refuses: files of another schema, and level L4 where one task is not SERVES, the kernel level is not, answers became longer,
-shorter or endless, or level L3 was not shown.
+Refuses: files of another schema, and level L4 where one task is not SERVES within two points, the kernel level is not, too little
+was asked, another backend was the judge, answers became longer, shorter or endless, or level L3 was not shown of the ops that
+ran, by this suite and contract, on this device.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import TypeAdapter, ValidationError
 
-from ..report import Report
+from ..report import Report, suite_version
+from ..selection import CONTRACT
 from .answers import EvalError
 from .paired import Comparison, Outcome, Table
 from .tokens import Ratio, TokenComparison
 
 __all__ = [
-    "SCHEMA", "Eval", "Kernel", "Operation", "Serving", "TaskResult", "TextPair", "alarms", "drifts", "read_eval", "schema",
-    "serving", "summary", "to_data", "write_eval",
+    "JUDGE", "SCHEMA", "Eval", "Kernel", "Operation", "Ran", "Serving", "TaskResult", "TextPair", "alarms", "drifts", "read_eval",
+    "schema", "serving", "summary", "to_data", "write_eval",
 ]
 
 SCHEMA = "lowbit-eval/1"
 _LENGTH = 0.1  # answers that are longer or shorter by a tenth on the whole interval are an alarm
 _STOP_LEVEL = 0.01  # of the exact test that as many answers ended by themselves
 _STABLE = 3  # the level below this one
+_MARGIN, _CONFIDENCE, _TEXTS = 0.02, 0.95, 16  # the least that level L4 asks for
+JUDGE = "torch_twin"
+"""The reference arithmetic, as `--reference` names it: the only judge of level L4."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,27 +153,71 @@ def alarms(task: TaskResult) -> list[str]:
     return found
 
 
-def serving(tasks: Sequence[TaskResult], kernel: Kernel, backend: str, certificate: Report | None) -> Serving:
+@dataclass(frozen=True, slots=True)
+class Ran:
+    """Who ran, for level L4. `backend`, `judge`: references as given. `describe`, `execution`: what the backend says of itself
+    here. `replaced`, `reached`: Linears of the model that the arms compute, and those of them that the judged texts came to."""
+
+    backend: str
+    judge: str
+    describe: Mapping[str, str]
+    execution: str
+    replaced: int
+    reached: int
+
+
+def serving(tasks: Sequence[TaskResult], kernel: Kernel, ran: Ran, certificate: Report | None) -> Serving:
     """Level L4, and if not, why."""
     reasons = [] if kernel.outcome is Outcome.SERVES else [f"the kernel level is {kernel.outcome}"]
+    if ran.judge != JUDGE:
+        reasons.append(f"the judge was {ran.judge}, not the reference arithmetic; leave --reference out")
+    if not tasks:
+        reasons.append("no task was asked")
+    if kernel.tokens.texts < _TEXTS:
+        reasons.append(f"{kernel.tokens.texts} texts were compared token by token; at least {_TEXTS} are needed")
+    if not kernel.operations or len(kernel.operations) != ran.reached:
+        reasons.append(f"{len(kernel.operations)} of {ran.reached} Linears that were reached were judged on their own")
     for task in tasks:
-        if task.kernel.outcome is not Outcome.SERVES:
-            reasons.append(
-                f"{task.name} is {task.kernel.outcome}: {task.questions} questions, margin {100 * task.kernel.margin:g} points"
-            )
+        found = task.kernel
+        if found.outcome is not Outcome.SERVES:
+            reasons.append(f"{task.name} is {found.outcome}: {task.questions} questions, margin {100 * found.margin:g} points")
+        elif found.margin > _MARGIN or found.confidence < _CONFIDENCE:
+            asked = f"a margin of {100 * found.margin:g} points at {100 * found.confidence:g} %"
+            reasons.append(f"{task.name} has {asked}; {100 * _MARGIN:g} points at {100 * _CONFIDENCE:g} % are the most")
         reasons += alarms(task)
-    if certificate is None:
-        reasons.append(f"L{_STABLE} was not shown: give the report of `lowbit certify --level L{_STABLE}` by --certificate")
-    elif certificate.subject.reference != backend:
-        reasons.append(f"the certificate is that of backend {certificate.subject.reference}")
-    elif certificate.level_granted is None or certificate.level_granted < _STABLE:
-        level = "no level" if certificate.level_granted is None else f"L{certificate.level_granted}"
-        reasons.append(f"the certificate grants {level}; L{_STABLE} is needed")
+    reasons += _of_certificate({operation.problem.partition("/")[0] for operation in kernel.operations}, ran, certificate)
     digest = None if certificate is None else certificate.digest
     if reasons:
         return Serving("refused", tuple(reasons), digest)
-    names = ", ".join(task.name for task in tasks)
-    return Serving("granted", (f"SERVES on {names}, token by token, and in {len(kernel.operations)} Linears",), digest)
+    names = ", ".join(f"{task.name} ({task.questions} questions, margin {100 * task.kernel.margin:g} points)" for task in tasks)
+    text = f"SERVES on {names}, token by token ({kernel.tokens.tokens} tokens of {kernel.tokens.texts} texts)"
+    return Serving("granted", (f"{text}, and in {ran.reached} of {ran.replaced} replaced Linears; {ran.execution}",), digest)
+
+
+def _of_certificate(ran_ops: Collection[str], ran: Ran, certificate: Report | None) -> list[str]:
+    """Why a certificate does not show level L3 of what ran."""
+    if certificate is None:
+        return [f"L{_STABLE} was not shown: give the report of `lowbit certify --level L{_STABLE}` by --certificate"]
+    if certificate.subject.reference != ran.backend:
+        return [f"the certificate is that of backend {certificate.subject.reference}"]
+    found = []
+    if certificate.level_granted is None or certificate.level_granted < _STABLE:
+        level = "no level" if certificate.level_granted is None else f"L{certificate.level_granted}"
+        found.append(f"the certificate grants {level}; L{_STABLE} is needed")
+    for what, version, here in (("suite", certificate.suite, suite_version()), ("contract", certificate.contract, CONTRACT)):
+        if version != here:
+            found.append(f"the certificate is of {what} {version}, installed is {here}; certify again")
+    claimed = {claim.op for claim in certificate.claims if claim.supported}
+    lacking = sorted(set(ran_ops) - claimed)
+    if lacking:
+        found.append(f"the certificate claims no support of {', '.join(lacking)}, which ran here; certify without --ops")
+    held = {key: value for key, value in certificate.subject.describe.items() if key != "tensors"}  # the run's, not the backend's
+    changed = sorted(key for key in held.keys() | ran.describe.keys() if held.get(key) != ran.describe.get(key))
+    if changed:
+        key = changed[0]
+        told = f"{key} was {held.get(key)!r} there and is {ran.describe.get(key)!r} here"
+        found.append(f"the certificate is of another build or device ({ran.execution} here): {told}; certify again")
+    return found
 
 
 def to_data(found: Eval) -> Any:

@@ -16,8 +16,9 @@ import hashlib
 import logging
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -29,17 +30,18 @@ from lm_eval.models.huggingface import HFLM
 from threadpoolctl import threadpool_limits
 
 from .. import report
-from .answers import Answers, EvalError, Told, claim_folder, to_stderr
+from .answers import Answered, Answers, EvalError, Told, check_pairs, claim_folder, to_stderr
 from .arms import Arm, ArmError, ReferenceArm
-from .asking import Answered, ask
+from .asking import ask
 from .backend_arm import BackendArm
-from .checkpoint import CheckpointError
-from .models import Feed, Loaded, Source, answer_logits, calibrated, load, load_full, source
+from .checkpoint import CheckpointError, open_checkpoint
+from .identity import about, identity, same_backend
+from .models import Feed, Loaded, Source, answer_logits, calibrated, config_of, load, load_full, source, tokenizer_of
 from .operations import inputs_of, judge_operations
 from .page import page
 from .paired import Comparison, Outcome, compare, mcnemar, table_of
 from .quantise import RecipeError
-from .records import SCHEMA, Eval, Kernel, Operation, TaskResult, TextPair, serving, summary, write_eval
+from .records import JUDGE, SCHEMA, Eval, Kernel, Operation, Ran, TaskResult, TextPair, serving, summary, write_eval
 from .schemes import SchemeError
 from .tasks import EMBEDDED, Suite, suite
 from .tokens import TextDifference, compare_tokens, mean_divergence, ratio_of, text_difference
@@ -85,9 +87,14 @@ class _Text:
     answer: tuple[int, ...]
     feed: Feed
 
+    @property
+    def digest(self) -> str:
+        """Of what is fed: another tokenizer or another answer of the reference is another text under the same key."""
+        return hashlib.sha256(repr((self.context, self.answer, self.feed)).encode()).hexdigest()[:16]
+
 
 def evaluate(
-    model: str, backend: str | Arm, *, out: Path, reference: str = "torch_twin", tasks: Sequence[str] = (), recipe: str = "",
+    model: str, backend: str | Arm, *, out: Path, reference: str = JUDGE, tasks: Sequence[str] = (), recipe: str = "",
     base: Path | None = None, data: Path | None = None, limit: int | None = None, texts: int = 64, batch: int = 16,
     fewshot: int | None = None, margin: float = 0.02, confidence: float = 0.95, seed: int = 1, dtype: str = "bfloat16",
     device: str = "cpu", samples: Path | None = None, localise: bool = False, certificate: report.Report | None = None,
@@ -107,6 +114,9 @@ def evaluate(
     started = time.monotonic()
     if texts < 2 or batch < 1 or (limit is not None and limit < 2):
         raise EvalError(f"got texts={texts}, batch={batch}, limit={limit}; need at least 2 texts, batches of 1 and 2 questions")
+    if not (0 < margin < 1 and 0.5 <= confidence < 1):
+        text = f"got margin={margin}, confidence={confidence}; the margin is a share of the questions between 0 and 1"
+        raise EvalError(f"{text} (0.02 is two points), the confidence at least 0.5 and below 1")
     folder = EMBEDDED if model == "embedded" else Path(model)
     recipe = recipe or ("w4a16" if model == "embedded" else "")
     given = source(folder, recipe, dtype, device)
@@ -115,7 +125,9 @@ def evaluate(
         own = ReferenceArm("torch_f32", 1, True)
     else:
         own = BackendArm(backend) if isinstance(backend, str) else backend
-    judge: Arm = ReferenceArm() if reference == "torch_twin" else BackendArm(reference)
+    judge: Arm = ReferenceArm() if reference == JUDGE else BackendArm(reference)
+    if isinstance(judge, BackendArm) and isinstance(own, BackendArm) and same_backend(own, judge):
+        raise EvalError(f"backend {own.name} would be judged by itself ({judge.name}); leave --reference out, or name another")
     missing = []
     if not tasks:
         tasks = (*_OFTEN, *(() if data is None else ("gsm8k", "mmlu")))
@@ -130,24 +142,29 @@ def evaluate(
     if plain is None:
         missing.append("recipe loss was not measured: the checkpoint is quantised; give its full-precision folder by --base")
     settings = {
-        "model": _digest(given), "base": None if base is None else str(base), "recipe": recipe, "backend": own.name,
+        "model": _digest(given.folder), "base": None if base is None else str(base), "recipe": recipe, "backend": own.name,
         "reference": judge.name, "tasks": list(tasks), "limit": limit, "texts": texts, "batch": batch, "fewshot": fewshot,
         "seed": seed, "dtype": dtype, "device": device, "threads": torch.get_num_threads(), "torch": torch.__version__,
-        "transformers": transformers.__version__,
+        "transformers": transformers.__version__, "lm_eval": version("lm_eval"), "suite": report.suite_version(),
+        "data": None if data is None else str(data), "base_files": None if base is None else _digest(base),
+        **{f"backend_{key}": value for key, value in identity(own).items()},
+        **{f"reference_{key}": value for key, value in identity(judge).items()},
     }
     datasets.disable_progress_bars()
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     transformers.utils.logging.disable_progress_bar()
     suites = [suite(name, data=data, limit=limit, seed=seed, fewshot=fewshot) for name in tasks]
-    claim_folder(out, settings)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    tokenizer, config = tokenizer_of(folder), config_of(folder)
+    kept_in = samples or out / "answers"
+    for place in (out, kept_in):
+        claim_folder(place, settings)
     maxima: dict[str, float] = {}
     if given.recipe is not None and (given.recipe.op, given.recipe.variant) == ("gemm_nvfp4", "plain"):
         maxima = calibrated(given, _calibration(tokenizer))
     arms: dict[str, Arm] = {"reference": judge, "floor": ReferenceArm("floor", 2, True), "backend": own}
     make: dict[str, Callable[[], Loaded]] = {name: _loader(given, arm, maxima) for name, arm in arms.items()}
     if plain is not None:
-        make = {"full": _full_loader(plain, given)} | make
+        make = {"full": _full_loader(plain, given, config)} | make
     shelf = _Shelf(make, tokenizer, device)
 
     with threadpool_limits(limits=1, user_api="blas"):
@@ -155,8 +172,10 @@ def evaluate(
         for arm in make:
             rows = max(1, batch // 2) if arm == "floor" else batch
             for one in suites:
-                kept = Answers((samples or out / "answers") / f"{arm}-{one.name}.jsonl")
+                kept = Answers(kept_in / f"{arm}-{one.name}.jsonl")
                 answered[one.name][arm] = ask(one, arm, kept, _asker(shelf, arm, rows), batch=rows, seed=seed, told=told)
+        for one in suites:
+            check_pairs(one.name, answered[one.name])
         limits = int(getattr(shelf["reference"].model.config, "max_position_embeddings", 2048))
         chosen = [text for one in suites for text in _texts(one, answered[one.name]["reference"], tokenizer, texts, seed, limits)]
         if len(chosen) < 2:
@@ -168,11 +187,15 @@ def evaluate(
         judged = _changed(chosen, differences["backend"]) if localise else _spread(chosen, _JUDGED)
         inputs = inputs_of(shelf["reference"], [(text.context, text.answer) for text in judged])
         operations = judge_operations(given, shelf["reference"], shelf["backend"], own, inputs, out / "first", closely=localise)
+        replaced = shelf["reference"].summary
+        assert replaced is not None
+    missing += _unjudged([layer.name for layer in replaced.layers], replaced.kept, inputs)
     kernel = _kernel(differences, operations, chosen, judged, out / "first")
     results = tuple(_task(one, answered[one.name], tokenizer, margin, confidence) for one in suites)
+    ran = Ran(own.name, reference, *about(own), len(replaced.layers), len(inputs))
     found = Eval(
         SCHEMA, report.suite_version(), settings, "embedded model" if folder == EMBEDDED else folder.name, results, kernel,
-        serving(results, kernel, own.name, certificate), dict(getattr(own, "kernels", {})), tuple(missing),
+        serving(results, kernel, ran, certificate), dict(getattr(own, "kernels", {})), tuple(missing),
         round(time.monotonic() - started, 1),
     )
     write_eval(out / "eval.json", found)
@@ -184,25 +207,40 @@ def evaluate(
 # Before asking --------------------------------------------------------------------------------------------------------
 
 
-def _digest(given: Source) -> str:
+def _digest(folder: Path) -> str:
     """Name and a digest of a model's configuration and the sizes and times of its files: enough to tell two models apart."""
-    text = (given.folder / "config.json").read_text(encoding="utf-8")
-    for file in sorted(set(given.checkpoint.files.values())):
-        state = os.stat(given.folder / file)
+    text = (folder / "config.json").read_text(encoding="utf-8")
+    for file in sorted(set(open_checkpoint(folder).files.values())):
+        state = os.stat(folder / file)
         text += f"{file} {state.st_size} {state.st_mtime_ns}"
-    return f"{given.folder.name} {hashlib.sha256(text.encode()).hexdigest()[:16]}"
+    return f"{folder.name} {hashlib.sha256(text.encode()).hexdigest()[:16]}"
 
 
 def _loader(given: Source, arm: Arm, maxima: dict[str, float]) -> Callable[[], Loaded]:
     return lambda: load(given, arm, maxima)
 
 
-def _full_loader(folder: Path, given: Source) -> Callable[[], Loaded]:
-    return lambda: load_full(folder, given.dtype, given.device)
+def _full_loader(folder: Path, given: Source, config: Any) -> Callable[[], Loaded]:
+    return lambda: load_full(folder, given.dtype, given.device, config)
 
 
 def _asker(shelf: _Shelf, arm: str, batch: int) -> Callable[[], HFLM]:
     return lambda: shelf.asked(arm, batch)
+
+
+def _unjudged(replaced: Sequence[str], kept: Sequence[str], reached: Collection[str]) -> list[str]:
+    """Sentences on the Linears that nothing was found out about."""
+    found, unreached = [], [name for name in replaced if name not in reached]
+    if unreached:
+        counts = f"{len(unreached)} of {len(replaced)} replaced Linears"
+        found.append(f"{counts} were not judged on their own, as no judged text came to them: {_few(unreached)}")
+    if kept:
+        found.append(f"no kernel was seen in the Linears that were kept in full precision, {len(kept)}: {_few(kept)}")
+    return found
+
+
+def _few(names: Sequence[str]) -> str:
+    return f"{', '.join(names[:3])}{f' and {len(names) - 3} more' if names[3:] else ''}"
 
 
 def _calibration(tokenizer: Any) -> list[list[int]]:
@@ -242,7 +280,7 @@ def _differences(
     """Each text under the reference and another arm. `known`: logits of the reference by text, filled as far as there is room."""
     found, started, new = [], time.monotonic(), 0
     for number, text in enumerate(texts, 1):
-        key = f"{arm}/{text.key}"
+        key = f"{arm}/{text.key}/{text.digest}"
         if not kept.has([key]):
             reference = known.get(text.key)
             if reference is None:

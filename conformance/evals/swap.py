@@ -28,7 +28,7 @@ from .linear import ContractLinear
 from .quantise import RecipeError, WeightRecipe, quantise_linear
 from .schemes import Schemes
 
-__all__ = ["SHARDS", "Summary", "Swapped", "empty_linears", "fuse", "load_rest", "swap"]
+__all__ = ["SHARDS", "Summary", "Swapped", "empty_linears", "fuse", "load_rest", "stored_bias", "swap"]
 
 SHARDS: Mapping[str, tuple[str, ...]] = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 """Fused module -> the modules whose weights it stacks along N."""
@@ -175,19 +175,31 @@ def _bias(checkpoint: Checkpoint | None, name: str, module: torch.nn.Linear) -> 
     """The bias as codes in the dtype of the model, from the file where the model has no memory for it."""
     if module.bias is None:
         return None
-    value = module.bias.detach()
-    if value.is_meta:
-        value = _fused_bias(checkpoint, name).to(value.dtype)
-    codes: Any = codes_of(value.to(module.weight.dtype)).cpu().numpy().view(np.uint16)
-    return Tensor(codes, _FORMATS[module.weight.dtype])
-
-
-def _fused_bias(checkpoint: Checkpoint | None, name: str) -> torch.Tensor:
+    dtype = module.weight.dtype
+    if not module.bias.is_meta:
+        return _bias_codes(module.bias.detach(), dtype)
     if checkpoint is None:
         raise RecipeError(f"{name}: its bias has no memory in the model; give the checkpoint that holds it")
+    found = stored_bias(checkpoint, name, dtype)
+    if found is None:
+        raise CheckpointError(f"{checkpoint.folder}: {name}.bias is in none of its files; take the configuration of this model")
+    return found
+
+
+def _bias_codes(value: torch.Tensor, dtype: torch.dtype) -> Tensor:
+    codes: Any = codes_of(value.to(dtype)).cpu().numpy().view(np.uint16)
+    return Tensor(codes, _FORMATS[dtype])
+
+
+def stored_bias(checkpoint: Checkpoint, name: str, dtype: torch.dtype) -> Tensor | None:
+    """The bias of a layer as codes [N] in `dtype` (bfloat16 or float16): its own, or those of the shards of a fused module, one
+    after the other. None where the checkpoint holds none. Raises CheckpointError where it holds those of some shards only."""
     if f"{name}.bias" in checkpoint.files:
-        return checkpoint.tensor(f"{name}.bias")
-    return torch.cat([checkpoint.tensor(f"{part}.bias") for part in _parts(name) or (name,)])
+        return _bias_codes(checkpoint.tensor(f"{name}.bias"), dtype)
+    shards = [f"{part}.bias" for part in _parts(name)]
+    if not any(shard in checkpoint.files for shard in shards):
+        return None
+    return _bias_codes(torch.cat([checkpoint.tensor(shard) for shard in shards]), dtype)
 
 
 # Layers of a quantised checkpoint -----------------------------------------------------------------------------------------

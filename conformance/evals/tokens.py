@@ -10,7 +10,8 @@ KL(reference || arm) per position is the sum over the vocabulary of p (log p - l
 The floor is the reference again with sums in another order, fed as another batch would be (context and answer apart), which
 moves the attention's last bits, too: exact integer sums have no noise of their own, and a ratio to nothing accuses everybody.
 The factor is 4: the divergence of small perturbations goes with their square, so a ratio of 4 is twice the perturbation that
-batching makes. What lies below, as a factor of 1.001 in one layer may, is found where nothing adds to it: see `operations`.
+batching makes. What lies below, as a factor of 1.001 in one layer may, is found where nothing adds to it: see `operations`. A
+floor that is not finite measures nothing, and the verdict is INCONCLUSIVE.
 """
 
 from __future__ import annotations
@@ -96,7 +97,8 @@ def mean_divergence(texts: Sequence[TextDifference]) -> float | None:
 def compare_tokens(
     backend: Sequence[TextDifference], floor: Sequence[TextDifference], *, factor: float = FACTOR, confidence: float = 0.95
 ) -> TokenComparison:
-    """Backend against reference and floor against reference, over the same texts, at least two."""
+    """Backend against reference and floor against reference, over the same texts, at least two. INCONCLUSIVE where the floor has
+    a divergence that is not finite: then nothing is known of honest noise."""
     ratio = ratio_of([text.kl for text in backend], [text.kl for text in floor], confidence)
     if ratio.lower is None or ratio.lower > factor:
         outcome = Outcome.DRIFTS

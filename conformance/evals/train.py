@@ -1,4 +1,4 @@
-"""Trains the embedded model: a Llama of 3.4 million parameters that solves the problems of `problems.py`.
+"""Trains the embedded model: a Llama of 3.3 million parameters that solves the problems of `problems.py`.
 
     python -m lowbit.conformance.evals.train FOLDER [--steps N] [--rows N] [--device cuda]
 
@@ -8,7 +8,8 @@ divisible by 128, so that each recipe of the contract applies to it. Training st
 model that is always right, no accuracy can fall or rise by a little.
 Refuses: data from anywhere else. Every text comes from the generator and its seed; the test split is never trained on.
 Algorithms are deterministic, but the bits of the weights depend on the device and its libraries: provenance.json names both and
-holds the digests.
+holds the digests. What the shipped file has beyond that, `measured`, was added when the model had been asked: accuracies belong
+to the weights, so training again does not keep them.
 """
 
 from __future__ import annotations

@@ -1,22 +1,31 @@
-"""The embedded model as stored checkpoints: W4A16, and the W4A8 that `lowbit convert` derives from it."""
+"""The embedded model as stored checkpoints: W4A16, and the W4A8 that `lowbit convert` derives from it. Single Linears, judged."""
 
 from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from lowbit.conformance.evals.arms import ReferenceArm
+from lowbit.conformance.backend import find_backend
+from lowbit.conformance.case import Problem
+from lowbit.conformance.evals.arms import Arm, ReferenceArm
+from lowbit.conformance.evals.backend_arm import BackendArm
+from lowbit.conformance.evals.checkpoint import CheckpointError, open_checkpoint
 from lowbit.conformance.evals.convert import convert
-from lowbit.conformance.evals.models import Feed, answer_logits, load, source
+from lowbit.conformance.evals.models import Feed, Loaded, Source, answer_logits, load, source
+from lowbit.conformance.evals.operations import judge_operations
 from lowbit.conformance.evals.paired import Outcome
 from lowbit.conformance.evals.quantise import RECIPES, quantise_linear
+from lowbit.conformance.evals.records import Operation
 from lowbit.conformance.evals.runner import evaluate
+from lowbit.conformance.evals.swap import empty_linears, stored_bias, swap
 from lowbit.conformance.evals.tasks import EMBEDDED
 from lowbit.references.formats import BF16
 
@@ -74,3 +83,107 @@ def test_the_derived_checkpoint_serves(stored: Path, tmp_path: Path) -> None:
     without = evaluate(str(stored), "cpu", out=tmp_path / "without", limit=2, texts=2, batch=2)
     assert without.tasks[0].recipe is None
     assert any("--base" in sentence for sentence in without.missing)
+
+
+# One Linear on its own ------------------------------------------------------------------------------------------------
+
+DRAW = torch.Generator().manual_seed(9)
+X = torch.randn(128, 256, generator=DRAW).to(torch.bfloat16)
+PLAIN = {"qkv_proj.weight": torch.randn(384, 256, generator=DRAW).to(torch.bfloat16)}
+FP8 = {"num_bits": 8, "type": "float", "symmetric": True}
+SPLIT = {"quantization_config": {
+    "quant_method": "compressed-tensors", "format": "float-quantized", "ignore": [],
+    "config_groups": {"group_0": {
+        "targets": ["Linear"], "weights": FP8 | {"strategy": "channel", "dynamic": False},
+        "input_activations": FP8 | {"strategy": "token", "dynamic": True},
+    }},
+}}
+
+
+def shards(*, without: str = "") -> dict[str, torch.Tensor]:
+    """q, k and v in fp8, each with a bias that is not small; `without`: the name of a tensor that is left out."""
+    found: dict[str, torch.Tensor] = {}
+    for number, name in enumerate(("q_proj", "k_proj", "v_proj")):
+        found[f"{name}.weight"] = PLAIN["qkv_proj.weight"][128 * number :][:128].to(torch.float8_e4m3fn)
+        found[f"{name}.weight_scale"] = torch.full((128, 1), 0.125, dtype=torch.bfloat16)
+        found[f"{name}.bias"] = torch.arange(128).to(torch.bfloat16) + 1000 * number
+    return {name: tensor for name, tensor in found.items() if name != without}
+
+
+def written(folder: Path, tensors: Mapping[str, torch.Tensor], config: Mapping[str, Any], recipe: str = "") -> Source:
+    """A checkpoint of these tensors."""
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    return Source(folder, open_checkpoint(folder), RECIPES.get(recipe), torch.bfloat16, "cpu")
+
+
+def judged(given: Source, arm: Arm, *, bias: bool = False, closely: bool = False) -> Operation:
+    """A model of one fused Linear, by the reference and by an arm."""
+    loaded = []
+    for each in (ReferenceArm(), arm):
+        with empty_linears():
+            model = torch.nn.ModuleDict({"qkv_proj": torch.nn.Linear(256, 384, bias=bias, dtype=torch.bfloat16)})
+        loaded.append(Loaded(model, swap(model, each, checkpoint=given.checkpoint, recipe=given.recipe)))
+    inputs, folder = {"qkv_proj": X.clone()}, given.folder / "first"
+    reference, backend = loaded
+    (found,) = judge_operations(given, reference, backend, arm, inputs, folder, closely=closely)
+    assert torch.equal(inputs["qkv_proj"], X)
+    assert any(folder.glob("*.safetensors")) == (found.outside > 0)
+    return found
+
+
+class Cpu:
+    """The cpu backend, spoilt: `zeroes` its activations in place before it reads them; `most` rows are computed."""
+
+    name, target = "spoilt", "cpu"
+
+    def __init__(self, *, zeroes: bool = False, most: int = 128) -> None:
+        self.inner: Any = find_backend("cpu")
+        self.zeroes, self.most = zeroes, most
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.inner, name)
+
+    def stage(self, problem: Problem, tactic: str, inputs: Any) -> Any:
+        if self.zeroes:
+            inputs["a"].memory[...] = 0
+        return self.inner.stage(problem, tactic, inputs)
+
+    def run(self, problem: Problem, tactic: str, state: Any, inputs: Any, outputs: Any, workspace: Any, stream: Any) -> str:
+        kernel: str = self.inner.run(problem, tactic, state, inputs, outputs, workspace, stream)
+        outputs["d"].memory[self.most :] = 0
+        return kernel
+
+
+def test_one_row_and_blocks_are_judged(tmp_path: Path) -> None:
+    given = written(tmp_path, PLAIN, {}, "w4a16")
+    found = judged(given, BackendArm(Cpu()))
+    assert (found.outputs, found.outside) == ((1 + 16 + 128) * 384, 0)
+    found = judged(given, BackendArm(Cpu(most=100)))
+    assert found.outputs == (1 + 16 + 128) * 384
+    assert found.outside >= 28 * 380  # an interval may hold a zero, few do
+    assert judged(given, BackendArm(Cpu()), closely=True).outputs == (1 + 5 + 16 + 67 + 128) * 384
+
+
+def test_a_kernel_that_destroys_its_inputs_is_judged_by_what_it_was_given(tmp_path: Path) -> None:
+    found = judged(written(tmp_path, PLAIN, {}, "w4a16"), BackendArm(Cpu(zeroes=True)))
+    assert found.outside >= found.outputs * 95 // 100
+    assert found.differing >= 0.95
+
+
+def test_the_biases_of_fused_shards_belong_to_the_operation(tmp_path: Path) -> None:
+    given = written(tmp_path, shards(), SPLIT)
+    found = judged(given, BackendArm("cpu"), bias=True)
+    assert found.problem.endswith("bf16.bias")
+    assert (found.outputs, found.outside) == ((1 + 16 + 128) * 384, 0)
+    bias = stored_bias(given.checkpoint, "qkv_proj", torch.bfloat16)
+    assert bias is not None
+    wanted = [1000 * number + place for number in range(3) for place in range(128)]
+    assert torch.equal(torch.from_numpy(bias.codes.view("int16")).view(torch.bfloat16), torch.tensor(wanted).to(torch.bfloat16))
+    assert stored_bias(given.checkpoint, "gate_up_proj", torch.bfloat16) is None
+
+
+def test_shards_of_which_one_lacks_its_bias_are_refused(tmp_path: Path) -> None:
+    given = written(tmp_path, shards(without="k_proj.bias"), SPLIT)
+    with pytest.raises(CheckpointError, match=r"tensor k_proj\.bias is in none of its files"):
+        judged(given, BackendArm("cpu"), bias=True)
