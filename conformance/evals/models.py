@@ -13,14 +13,9 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import transformers
 
-from lowbit.references.formats import BF16, F16
-
-from ..case import Tensor
-from .activations import codes_of
 from .answers import EvalError
 from .arms import Arm
 from .checkpoint import Checkpoint, CheckpointError, open_checkpoint
@@ -28,7 +23,7 @@ from .quantise import RECIPES, WeightRecipe, input_maxima
 from .swap import Summary, empty_linears, load_rest, swap
 
 __all__ = [
-    "Feed", "Loaded", "Source", "answer_logits", "bias_of", "calibrated", "config_of", "load", "load_full", "source",
+    "Feed", "Loaded", "Source", "answer_logits", "calibrated", "config_of", "load", "load_full", "source",
     "tokenizer_of",
 ]
 
@@ -137,14 +132,6 @@ def load(given: Source, arm: Arm, maxima: dict[str, float] | None = None) -> Loa
     if not summary.layers:
         raise CheckpointError(f"{given.folder}: no Linear was replaced; expected targets or a recipe that name one")
     return Loaded(model.to(given.device).eval(), summary)
-
-
-def bias_of(given: Source, name: str) -> Tensor | None:
-    """The bias of a layer as codes [N] in the dtype of the model."""
-    if f"{name}.bias" not in given.checkpoint.files:
-        return None
-    codes: Any = codes_of(given.checkpoint.tensor(f"{name}.bias").to(given.dtype)).numpy().view(np.uint16)
-    return Tensor(codes, BF16 if given.dtype is torch.bfloat16 else F16)
 
 
 def calibrated(given: Source, texts: Sequence[Sequence[int]]) -> dict[str, float]:
