@@ -186,11 +186,12 @@ def xpu(session: nox.Session) -> None:
         session.skip("There is no OpenCL runtime: install the package pocl-opencl-icd, or intel-opencl-icd for a GPU.")
     options = ("--level", "L2", "--ops", "gemm_w4a8_int8,int8_quantize,int4_pack", "--per-op", "40", "--out", "reports/xpu")
     run(session, "lowbit", "certify", "--target", "xpu", *options, *session.posargs)
-    run(session, "pytest", "tests/xpu/check_kernels.py")
+    run(session, "pytest", "tests/xpu/check_xpu_kernels.py")
     folder = Path(session.create_tmp()) / "ocloc"  # Intel's offline compiler, unpacked and not installed
-    run(session, "python", "tests/xpu/compile_kernels.py", "--fetch", str(folder), codes=(0, 2))  # 2: not to be had, as it says
+    fetch = ("tests/xpu/compile_xpu_kernels.py", "--fetch", str(folder))
+    run(session, "python", *fetch, codes=(0, 2))  # 2: it is not to be had, and says so
     if shutil.which("ocloc") or (folder / "tree").is_dir():
-        run(session, "pytest", "tests/xpu/check_compiled.py", env=ENVIRONMENT | {"OCLOC_FOLDER": str(folder)})
+        run(session, "pytest", "tests/xpu/check_xpu_compiled.py", env=ENVIRONMENT | {"OCLOC_FOLDER": str(folder)})
 
 
 @nox.session

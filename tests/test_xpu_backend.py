@@ -1,6 +1,6 @@
 """The xpu door without OpenCL: which device is taken and what that is called, what is refused, and what is declared.
 
-What the kernels compute is judged by tests/xpu/check_kernels.py, in the session that installs an OpenCL runtime.
+What the kernels compute is judged by tests/xpu/check_xpu_kernels.py, in the session that installs an OpenCL runtime.
 """
 
 from __future__ import annotations

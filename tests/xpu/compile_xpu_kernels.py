@@ -5,7 +5,7 @@ fused, that no call is left open, and that quotients are the correctly rounded s
 in `compiled, never executed on a device`. ocloc comes from the Debian package intel-opencl-icd: what is installed, or, with
 --fetch, what `apt-get download` brings, unpacked into a folder and not installed.
 
-    python tests/xpu/compile_kernels.py [--fetch FOLDER] [--room FOLDER] [--json FILE]
+    python tests/xpu/compile_xpu_kernels.py [--fetch FOLDER] [--room FOLDER] [--json FILE]
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The xpu kernels compiled for Intel GPUs: the instructions are there, and sources without them are refused.
 
-Needs ocloc (see compile_kernels.py) and runs in `nox -s xpu` where it can be had: pytest tests/xpu/check_compiled.py
+Needs ocloc (see compile_xpu_kernels.py) and runs in `nox -s xpu` where it can be had: pytest tests/xpu/check_xpu_compiled.py
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import pytest
 
 from lowbit.kernels import xpu_room
 
-PROGRAM = Path(__file__).with_name("compile_kernels.py")
+PROGRAM = Path(__file__).with_name("compile_xpu_kernels.py")
 ROOM = Path(next(iter(xpu_room.__path__)))
 
 

@@ -4,7 +4,7 @@ Decides: that the sources compute the contract, to the bit; that a read or write
 defect is caught. On a CPU this is the emulation that every report calls so. Refuses: to stand in for a GPU.
 Named check_ so that `pytest` does not collect it by itself: it needs pyopencl and a runtime, and runs in `nox -s xpu`:
 
-    pytest tests/xpu/check_kernels.py
+    pytest tests/xpu/check_xpu_kernels.py
 """
 
 from __future__ import annotations
