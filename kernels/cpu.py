@@ -16,10 +16,10 @@ import numpy as np
 
 from lowbit.conformance.backend import EXACT_BITS, Declaration, Problem, TensorView
 
-from .cpu_room.domain import refusal
 from .cpu_room.encodings import ENCODINGS
 from .cpu_room.gemm import GEMMS
 from .cpu_room.quantisers import QUANTISERS, declare_projection
+from .domain import refusal
 
 __all__ = ["Cpu", "backend"]
 

@@ -1,7 +1,7 @@
-"""Which problems the cpu backend refuses: its own reading of the contract's domains, one sentence per rule.
+"""Which problems a backend that computes whole ops refuses: its reading of the contract's domains, one sentence per rule.
 
 Decides: what is refused and why. Refuses: to compute a problem whose shape or choice of options has no meaning in the contract,
-even where NumPy would return something.
+even where a kernel would return something.
 """
 
 from __future__ import annotations

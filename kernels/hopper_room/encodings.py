@@ -12,7 +12,7 @@ from typing import Any
 
 from lowbit.conformance.backend import EXACT_BITS, Declaration, Problem, TensorView
 
-from ..cpu_room.domain import refusal
+from ..domain import refusal
 from .build import Unit
 from .device import check, same_device
 from .launch import entry, launch

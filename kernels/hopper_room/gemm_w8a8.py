@@ -34,7 +34,7 @@ from lowbit.conformance.backend import (
     mul,
 )
 
-from ..cpu_room.domain import refusal
+from ..domain import refusal
 from .build import Unit, library
 from .device import check, same_device
 from .launch import launch
