@@ -33,8 +33,8 @@ from .triton_room.machine import INTERPRETER, MACHINES, Machine, interpreted
 __all__ = ["MODULES", "DeviceFault", "Place", "Query", "Triton", "backend", "look", "look_through"]
 
 MODULES: Mapping[str, str] = {
-    "nvfp4_quantize": "nvfp4_quantise", "svdquant_quantize": "svdquant_quantise", "fp8_quantize": "fp8_quantise",
-    "int8_quantize": "int8_quantise", "int4_quantize": "int4_quantise",
+    "nvfp4_quantize": "nvfp4_quantize", "svdquant_quantize": "svdquant_quantize", "fp8_quantize": "fp8_quantize",
+    "int8_quantize": "int8_quantize", "int4_quantize": "int4_quantize",
     "int4_pack": "encodings", "int4_repack": "encodings", "scale_swizzle": "encodings", "fp8_convert_fnuz": "encodings",
     "fp8_requantize": "encodings",
     "gemm_nvfp4": "gemm_nvfp4", "gemm_int4": "gemm_int4", "gemm_w4a16": "gemm_w4a16", "gemm_w8a8_fp8": "gemm_w8a8_fp8",

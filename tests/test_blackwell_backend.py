@@ -374,7 +374,7 @@ def test_a_launch_hands_each_kernel_what_its_signature_names(monkeypatch: pytest
     room._compiled.cache_clear()
     called, given = calls[-1]
     if tactic == "triton":
-        assert parameters("triton_room/nvfp4_gemm.py", "launch") == ["problem", "tensors", "alpha"]
+        assert parameters("triton_room/blackwell_gemm_nvfp4.py", "launch") == ["problem", "tensors", "alpha"]
         assert (called, given[0], given[2], len(given)) == ("launch", problem, 0.5, 3)
         assert given[1]["a"] is a
         assert given[1]["d"] is d

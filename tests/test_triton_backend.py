@@ -26,8 +26,8 @@ from lowbit.kernels.triton_room import machine
 ROOM = Path(door.__file__).parent / "triton_room"
 NOTHING = door.Triton(query=lambda: door.Place("compiled", "host", None, "triton and torch cannot be imported here"))
 INTERFACE = {"OPS", "MUTANTS", "unsupported", "tactics", "declaration", "workspace", "prepare", "stage", "run"}
-OWN = ("blocks", "codes8", "codes16", "division", "encodings", "fp8_quantise", "int4_quantise", "int8_quantise", "nvfp4_quantise",
-       "svdquant_quantise", "tensor_scale")
+OWN = ("blocks", "codes8", "codes16", "division", "encodings", "fp8_quantize", "int4_quantize", "int8_quantize", "nvfp4_quantize",
+       "svdquant_quantize", "tensor_scale")
 
 
 def tree_of(module: str) -> ast.Module:

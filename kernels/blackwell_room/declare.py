@@ -2,8 +2,8 @@
 
 Decides: datapaths, order of K, joins and roundings, read off the kernels. CuTe (cute_mma, cute_epilogue): K ascending in one
 accumulator, one rounded product with alpha, then the rank in the same accumulator, then channel scale and bias by one fused
-multiply-add, then one cast. Triton (triton_room.nvfp4_gemm): the same, and it has a bias after the cast and nunchaku's order
-besides; its own `program` is compared with this one by tests/blackwell. Refuses: problems that no tactic computes
+multiply-add, then one cast. Triton (triton_room.blackwell_gemm_nvfp4): the same, and it has a bias after the cast and nunchaku's
+order besides; its own `program` is compared with this one by tests/blackwell. Refuses: problems that no tactic computes
 (`unsupported`), one sentence each.
 """
 

@@ -98,10 +98,10 @@ def _cute() -> Any:
 def _triton() -> Any:
     """The Triton twin. Raises ImportError where its compiler is absent."""
     try:
-        from ..triton_room import nvfp4_gemm
+        from ..triton_room import blackwell_gemm_nvfp4
     except ModuleNotFoundError as error:
         raise _missing(error, "triton") from error
-    return nvfp4_gemm
+    return blackwell_gemm_nvfp4
 
 
 @cache

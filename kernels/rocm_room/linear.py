@@ -20,7 +20,7 @@ from lowbit.kernels.rocm_room import skinny_fp8
 from lowbit.kernels.rocm_room.dispatch import Call, fused_on_disk, one_scale, product_of, takes_skinny
 from lowbit.kernels.triton_room import gemm_w8a8_fp8
 from lowbit.kernels.triton_room.encodings import channel_scales_kernel, convert_fnuz, requantise_fp8
-from lowbit.kernels.triton_room.fp8_quantise import FP8_RECIPES, fp8_by_rows, fp8_by_scale, top_of
+from lowbit.kernels.triton_room.fp8_quantize import FP8_RECIPES, fp8_by_rows, fp8_by_scale, top_of
 from lowbit.kernels.triton_room.machine import Machine
 from lowbit.kernels.triton_room.tensor_scale import find_scale, parts
 

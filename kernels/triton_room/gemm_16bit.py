@@ -16,10 +16,10 @@ import torch
 import triton
 import triton.language as tl
 
+from lowbit.kernels.triton_room.blackwell_gemm_nvfp4 import BIASES, EPILOGUES, epilogue
 from lowbit.kernels.triton_room.codes16 import value16
 from lowbit.kernels.triton_room.gemm_tiles import OPTIONS, described, place_of, read_tile, store_tile, tiles_of_k
 from lowbit.kernels.triton_room.machine import Machine
-from lowbit.kernels.triton_room.nvfp4_gemm import BIASES, EPILOGUES, epilogue
 
 __all__ = ["Tile", "gemm_16bit", "launch", "meta", "signature", "tile_of"]
 
@@ -40,7 +40,7 @@ def gemm_16bit(  # type: ignore[no-untyped-def]
     IS_BF16: tl.constexpr, NATIVE: tl.constexpr, DESCRIBED: tl.constexpr, FAULT: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, BAND: tl.constexpr,
 ):
-    """One tile of D per program. ALPHA = 0: alpha is not read. The others as in `nvfp4_gemm.nvfp4_gemm`."""
+    """One tile of D per program. ALPHA = 0: alpha is not read. The others as in `blackwell_gemm_nvfp4.nvfp4_gemm`."""
     tile_m, tile_n = place_of(tl.program_id(0), tl.cdiv(m, BLOCK_M), tl.cdiv(n, BLOCK_N), BAND)
     rows, columns = tile_m * BLOCK_M + tl.arange(0, BLOCK_M), tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)

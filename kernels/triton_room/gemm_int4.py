@@ -41,6 +41,7 @@ from lowbit.conformance.backend import (
     cast,
     mul,
 )
+from lowbit.kernels.triton_room.blackwell_gemm_nvfp4 import BIASES, epilogue, fma16, low_rank_codes, packed
 from lowbit.kernels.triton_room.codes8 import e4m3_code, e4m3_value, int4_value
 from lowbit.kernels.triton_room.codes16 import code16, value16
 from lowbit.kernels.triton_room.gemm_tiles import (
@@ -55,7 +56,6 @@ from lowbit.kernels.triton_room.gemm_tiles import (
 )
 from lowbit.kernels.triton_room.machine import Machine, here
 from lowbit.kernels.triton_room.memory import scratch, tensor
-from lowbit.kernels.triton_room.nvfp4_gemm import BIASES, epilogue, fma16, low_rank_codes, packed
 
 __all__ = [
     "MUTANTS", "OPS", "Tile", "declaration", "gemm_int4", "int4_gemm", "launch", "prepare", "run", "signature", "stage",

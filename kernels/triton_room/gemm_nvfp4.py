@@ -22,10 +22,7 @@ import triton.language as tl
 
 from lowbit.conformance.backend import Declaration, Problem, TensorView
 from lowbit.kernels.triton_room import gemm_16bit
-from lowbit.kernels.triton_room.gemm_tiles import OPTIONS, SHARED_FAULTS, offsets, place_of, store_tile, tiles_of_k
-from lowbit.kernels.triton_room.machine import Machine, here
-from lowbit.kernels.triton_room.memory import scratch, tensor
-from lowbit.kernels.triton_room.nvfp4_gemm import (
+from lowbit.kernels.triton_room.blackwell_gemm_nvfp4 import (
     BIASES,
     EPILOGUES,
     Unit,
@@ -38,6 +35,9 @@ from lowbit.kernels.triton_room.nvfp4_gemm import (
     refusal,
     ue4m3_value,
 )
+from lowbit.kernels.triton_room.gemm_tiles import OPTIONS, SHARED_FAULTS, offsets, place_of, store_tile, tiles_of_k
+from lowbit.kernels.triton_room.machine import Machine, here
+from lowbit.kernels.triton_room.memory import scratch, tensor
 
 __all__ = [
     "MUTANTS", "OPS", "decode", "decode_nvfp4", "declaration", "fused_gemm", "gemm_nvfp4", "launch", "meta", "prepare", "run",
@@ -100,7 +100,7 @@ def fused_gemm(  # type: ignore[no-untyped-def]
     R: tl.constexpr, EPILOGUE: tl.constexpr, BIAS: tl.constexpr, IS_BF16: tl.constexpr, NATIVE: tl.constexpr, FAULT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, BAND: tl.constexpr,
 ):
-    """One tile of D per program; constants as in `nvfp4_gemm.nvfp4_gemm`."""
+    """One tile of D per program; constants as in `blackwell_gemm_nvfp4.nvfp4_gemm`."""
     tile_m, tile_n = place_of(tl.program_id(0), tl.cdiv(m, BLOCK_M), tl.cdiv(n, BLOCK_N), BAND)
     rows, columns = tile_m * BLOCK_M + tl.arange(0, BLOCK_M), tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)

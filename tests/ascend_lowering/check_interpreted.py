@@ -29,7 +29,7 @@ from lowbit.conformance.session import Plan, Session, listed_of
 from lowbit.conformance.verdict import Status
 from lowbit.conformance.worker import Worker
 from lowbit.kernels import triton_room
-from lowbit.kernels.triton_room import int4_quantize, int8_gemm
+from lowbit.kernels.triton_room import ascend_gemm_int4, ascend_int4_quantize
 
 BACKENDS = Path(__file__).with_name("interpreted_int4.py")
 COMPILER = Path(__file__).with_name("compile_int4.py")
@@ -97,24 +97,25 @@ def test_the_interpreted_gemm_has_the_contracts_bits(gemm: Session, case: str) -
     assert judged(gemm, case) in (Status.EXACT, *within)
 
 
+QUANTISER, PRODUCT = "ascend_int4_quantize.py", "ascend_gemm_int4.py"
 DEFECTS = {  # file, text, what replaces it, backend, case
-    "unrounded scale": ("int4_quantize.py", "1.0, scale.to(tl.float32))", "1.0, bounded)", "quantise", QUANTISE[3]),
-    "nibbles exchanged": ("int4_quantize.py", "(nibbles(even, divisor) | nibbles(odd, divisor) << 4)",
+    "unrounded scale": (QUANTISER, "1.0, scale.to(tl.float32))", "1.0, bounded)", "quantise", QUANTISE[3]),
+    "nibbles exchanged": (QUANTISER, "(nibbles(even, divisor) | nibbles(odd, divisor) << 4)",
                           "(nibbles(odd, divisor) | nibbles(even, divisor) << 4)", "quantise", QUANTISE[3]),
-    "constant of another binade": ("int4_quantize.py", "12582912.0  #", "8388608.0  #", "quantise", QUANTISE[0]),
-    "NaN lost": ("int4_quantize.py", "tl.where(magnitude > 0x7F800000, seventh, bounded)", "bounded", "quantise", QUANTISE[5]),
-    "padding not cleared": ("int4_quantize.py", "inside = (row < rows)[:, None] & (rank", "inside = (row < m)[:, None] & (rank",
+    "constant of another binade": (QUANTISER, "12582912.0  #", "8388608.0  #", "quantise", QUANTISE[0]),
+    "NaN lost": (QUANTISER, "tl.where(magnitude > 0x7F800000, seventh, bounded)", "bounded", "quantise", QUANTISE[5]),
+    "padding not cleared": (QUANTISER, "inside = (row < rows)[:, None] & (rank", "inside = (row < m)[:, None] & (rank",
                             "quantise", QUANTISE[10]),
-    "even k not smoothed": ("int4_quantize.py", "tl.where(present, tl.div_rn(even, low[None, :].broadcast_to(even.shape)), 0.0)",
+    "even k not smoothed": (QUANTISER, "tl.where(present, tl.div_rn(even, low[None, :].broadcast_to(even.shape)), 0.0)",
                             "even", "quantise", QUANTISE[8]),
-    "last K block lost": ("int4_quantize.py", "for first in range(0, k, BLOCK_K)", "for first in range(0, k - BLOCK_K, BLOCK_K)",
+    "last K block lost": (QUANTISER, "for first in range(0, k, BLOCK_K)", "for first in range(0, k - BLOCK_K, BLOCK_K)",
                           "quantise", QUANTISE[8]),
-    "groups downwards": ("int8_gemm.py", "for group in range(0, k64):",
+    "groups downwards": (PRODUCT, "for group in range(0, k64):",
                          "for back in range(0, k64):\n        group = k64 - 1 - back", "gemm",
                          "gemm_int4/f32/m33n40k512r0/f16/lognormal/s1"),
-    "total in binary16": ("int8_gemm.py", "total = total + part * left",
+    "total in binary16": (PRODUCT, "total = total + part * left",
                           "total = total.to(tl.float16).to(tl.float32) + part * left", "gemm", GEMM[1]),
-    "bias before the channel scale": ("int8_gemm.py", "    if R != 0:\n", "    if BIAS:\n        total = total + value16(tl.load("
+    "bias before the channel scale": (PRODUCT, "    if R != 0:\n", "    if BIAS:\n        total = total + value16(tl.load("
                                       "bias + columns, mask=columns < n, other=0), IS_BF16)[None, :]\n    if R != 0:\n",
                                       "gemm", GEMM[7]),
 }
@@ -123,15 +124,15 @@ DEFECTS = {  # file, text, what replaces it, backend, case
 @pytest.mark.parametrize("defect", list(DEFECTS))
 def test_a_planted_defect_is_caught(defect: str, tmp_path: Path) -> None:
     file, text, other, attribute, case = DEFECTS[defect]
-    for name in ("int4_quantize.py", "int8_gemm.py"):
+    for name in (QUANTISER, PRODUCT):
         shutil.copy(ROOM / name, tmp_path / name)
     source = (tmp_path / file).read_text(encoding="utf-8")
     assert source.count(text) == 1
     (tmp_path / file).write_text(source.replace(text, other), encoding="utf-8")
-    line = "from lowbit.kernels.triton_room import int4_quantize, int8_gemm\n"
+    line = "from lowbit.kernels.triton_room import ascend_gemm_int4, ascend_int4_quantize\n"
     backend = BACKENDS.read_text(encoding="utf-8")
     assert line in backend
-    nearby = f"import sys\nsys.path.insert(0, {str(tmp_path)!r})\nimport int4_quantize, int8_gemm\n"
+    nearby = f"import sys\nsys.path.insert(0, {str(tmp_path)!r})\nimport ascend_gemm_int4, ascend_int4_quantize\n"
     (tmp_path / BACKENDS.name).write_text(backend.replace(line, nearby), encoding="utf-8")
     with opened(attribute, tmp_path) as session:
         assert judged(session, case) is Status.DRIFT
@@ -176,7 +177,7 @@ def test_scales_and_codes_at_the_edges(tmp_path: Path) -> None:
 ])
 def test_the_declared_program_is_the_contracts(text: str, unit: str) -> None:
     problem = parse_problem(text, ops())
-    room = int8_gemm if problem.op == "gemm_int4" else int4_quantize
+    room = ascend_gemm_int4 if problem.op == "gemm_int4" else ascend_int4_quantize
     declared = room.declaration(problem, unit, Order.ASCENDING) if unit else room.declaration(problem)
     assert check_declaration(ops()[problem.op], problem, declared) == ("", "as the contract")
     last = [item.datapath for item in declared.program if isinstance(item, Contraction)][-1]

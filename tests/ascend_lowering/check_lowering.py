@@ -57,40 +57,40 @@ def test_every_build_has_its_operations(tmp_path: Path) -> None:
 
 PLANTS = {
     "no product": (
-        "int8_gemm.py", "tl.dot(left, tl.trans(right), out_dtype=tl.int32)",
+        "ascend_gemm_int4.py", "tl.dot(left, tl.trans(right), out_dtype=tl.int32)",
         "tl.sum(left.to(tl.int32), axis=1)[:, None] + tl.sum(right.to(tl.int32), axis=1)[None, :]",
         "gemm.f16", "mma_tile_int8_t_to_int32_t in a loop of the cube core: 0",
     ),
     "product of floats": (
-        "int8_gemm.py", "tl.dot(left, tl.trans(right), out_dtype=tl.int32)",
+        "ascend_gemm_int4.py", "tl.dot(left, tl.trans(right), out_dtype=tl.int32)",
         "tl.dot(left.to(tl.float16), tl.trans(right.to(tl.float16)))",
         "gemm.f16", "no product of another type on the cube",
     ),
     "one scale": (
-        "int8_gemm.py", "part * left[:, None] * right[None, :]", "part * left[:, None]",
+        "ascend_gemm_int4.py", "part * left[:, None] * right[None, :]", "part * left[:, None]",
         "gemm.f16", "vmul_2d_float on the vector core: 2",
     ),
     "code not rounded": (
-        "int4_quantize.py", "7.0) + 12582912.0", "7.0)", "quantise.bf16", "vadds_vs_1d_float on the vector core: 0",
+        "ascend_int4_quantize.py", "7.0) + 12582912.0", "7.0)", "quantise.bf16", "vadds_vs_1d_float on the vector core: 0",
     ),
     "reciprocal": (
-        "int4_quantize.py", "quotient = tl.div_rn(value, divisor[:, None].broadcast_to(value.shape))",
+        "ascend_int4_quantize.py", "quotient = tl.div_rn(value, divisor[:, None].broadcast_to(value.shape))",
         "quotient = value * tl.div_rn(tl.full(divisor.shape, 1.0, tl.float32), divisor)[:, None]",
         "quantise.bf16", "vdiv_2d_float on the vector core: 1",
     ),
     "operand changed on its way": (
-        "int4_quantize.py", "tl.dot(left, right, total)", "tl.dot(left + left, right, total)",
+        "ascend_int4_quantize.py", "tl.dot(left, right, total)", "tl.dot(left + left, right, total)",
         "project.f16", "no operand of the cube passes through the vector core",
     ),
     # triton-ascend 3.2.0 makes a load whose mask compares a strided index one copy of the whole span, whatever the mask says
     "strided load": (
-        "int4_quantize.py", "pair[None, :], mask=present, other=0",
+        "ascend_int4_quantize.py", "pair[None, :], mask=present, other=0",
         "(pair * 2)[None, :], mask=present & (pair * 2 < k64 * 32)[None, :], other=0",
         "quantise.bf16", "masked loads that are not cut to their mask: 1 of 1",
     ),
     # a strided store is parted element by element, each in 32 bytes of its own
     "strided store": (
-        "int4_quantize.py", "pair = group * 32 + tl.arange(0, 32)", "pair = group * 32 + tl.arange(0, 32) * 2",
+        "ascend_int4_quantize.py", "pair = group * 32 + tl.arange(0, 32)", "pair = group * 32 + tl.arange(0, 32) * 2",
         "quantise.bf16", "buffers fit at once",
     ),
 }
@@ -99,7 +99,7 @@ PLANTS = {
 @pytest.mark.parametrize("plant", list(PLANTS))
 def test_a_kernel_that_lacks_a_part_is_refused(plant: str, tmp_path: Path) -> None:
     file, text, other, build, words = PLANTS[plant]
-    for name in ("int4_quantize.py", "int8_gemm.py"):
+    for name in ("ascend_int4_quantize.py", "ascend_gemm_int4.py"):
         shutil.copy(ROOM / name, tmp_path / name)
     source = (tmp_path / file).read_text(encoding="utf-8")
     assert text in source

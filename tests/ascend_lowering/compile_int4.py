@@ -13,13 +13,13 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from lowbit.kernels.triton_room import int4_quantize, int8_gemm
+from lowbit.kernels.triton_room import ascend_gemm_int4, ascend_int4_quantize
 
 CHIPS = {"sm_90": (GPUTarget("cuda", 90, 32), "ptx"), "gfx942": (GPUTarget("hip", "gfx942", 64), "amdgcn")}
 KERNELS = {
-    "int4_quantize": (int4_quantize.int4_quantize, int4_quantize.signature("int4_quantize", bf16=True),
+    "int4_quantize": (ascend_int4_quantize.int4_quantize, ascend_int4_quantize.signature("int4_quantize", bf16=True),
                       {"SMOOTH": 1, "IS_BF16": 1, "BLOCK_M": 32, "GROUPS": 4}),
-    "int8_gemm": (int8_gemm.int8_gemm, int8_gemm.signature(bf16=True),
+    "int8_gemm": (ascend_gemm_int4.int8_gemm, ascend_gemm_int4.signature(bf16=True),
                   {"R": 0, "BIAS": 1, "IS_BF16": 1, "NATIVE": 1, "BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_R": 16}),
 }
 
@@ -32,7 +32,7 @@ def main() -> int:
             pointers = [number for number, text in enumerate(signature.values()) if text.startswith("*")]
             source = ASTSource(kernel, signature=whole, constexprs=fixed,
                                attrs={(number,): [["tt.divisibility", 16]] for number in pointers})
-            made = triton.compile(source, target=target, options=int8_gemm.OPTIONS)
+            made = triton.compile(source, target=target, options=ascend_gemm_int4.OPTIONS)
             print(f"== {chip}.{name}\n{made.asm[kind]}")
     return 0
 

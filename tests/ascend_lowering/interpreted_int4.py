@@ -22,7 +22,7 @@ import torch
 import triton
 
 from lowbit.conformance.backend import INT4, Declaration, Problem, TensorView
-from lowbit.kernels.triton_room import int4_quantize, int8_gemm
+from lowbit.kernels.triton_room import ascend_gemm_int4, ascend_int4_quantize
 
 __all__ = ["gemm", "quantise"]
 
@@ -45,7 +45,7 @@ def _quantise(problem: Problem, tensors: dict[str, torch.Tensor], outputs: Mappi
     }
     if "lora_act" in outputs:
         made["lora_act"] = torch.full(outputs["lora_act"].shape, float("nan"))
-    kernel = int4_quantize.launch(problem, tensors | made, native=False)
+    kernel = ascend_int4_quantize.launch(problem, tensors | made, native=False)
     packed = made.pop("q").numpy()
     q.memory[...] = np.stack((packed & 15, packed >> 4), axis=-1).reshape(q.shape)
     for name, tensor in made.items():
@@ -60,7 +60,7 @@ def _gemm(problem: Problem, tensors: dict[str, torch.Tensor], outputs: Mapping[s
     for name in ("a_scale", "w_scale"):
         tensors[name] = tensors[name].T.contiguous()
     d = torch.full(outputs["d"].shape, 0x5A5A, dtype=torch.int16)
-    kernel = int8_gemm.launch(problem, tensors | {"d": d}, native=False, tile=int8_gemm.Tile(32, 32, 16))
+    kernel = ascend_gemm_int4.launch(problem, tensors | {"d": d}, native=False, tile=ascend_gemm_int4.Tile(32, 32, 16))
     outputs["d"].memory[...] = d.numpy().view(np.uint16)
     return kernel
 
@@ -98,8 +98,8 @@ class Interpreted:
             return self.compute(problem, tensors, outputs)
 
 
-quantise = Interpreted("triton_int4_interpreted", int4_quantize.refusal, int4_quantize.declaration, _quantise)
-gemm = Interpreted("triton_int8_interpreted", int8_gemm.refusal, int8_gemm.declaration, _gemm)
+quantise = Interpreted("triton_int4_interpreted", ascend_int4_quantize.refusal, ascend_int4_quantize.declaration, _quantise)
+gemm = Interpreted("triton_int8_interpreted", ascend_gemm_int4.refusal, ascend_gemm_int4.declaration, _gemm)
 
 
 def main(source: str, target: str) -> None:
@@ -109,7 +109,7 @@ def main(source: str, target: str) -> None:
     problem = Problem("int4_quantize", "sym", (("n", n), ("k", k), ("g", 64)), (("x", "bf16"), ("recipe", "svdquant")))
     made = {"q": torch.zeros(n, k // 2, dtype=torch.uint8), "scales": torch.zeros(n, k // 64, dtype=torch.int16)}
     with np.errstate(all="ignore"):
-        int4_quantize.launch(problem, {"x": rows.view(torch.int16), **made}, native=False)
+        ascend_int4_quantize.launch(problem, {"x": rows.view(torch.int16), **made}, native=False)
     np.savez(target, q=made["q"].numpy(), scales=made["scales"].numpy())
 
 

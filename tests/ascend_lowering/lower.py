@@ -10,7 +10,7 @@ where an assertion failed, 0 otherwise.
 
     python tests/ascend_lowering/lower.py [--json F] [--only NAME,...] [--room FOLDER]
 
-`--room` takes int4_quantize.py and int8_gemm.py from another folder: variants that the assertions must refuse.
+`--room` takes ascend_int4_quantize.py and ascend_gemm_int4.py from another folder: variants that the assertions must refuse.
 """
 
 from __future__ import annotations
@@ -70,14 +70,14 @@ _QUANTISE = {
 _CODES = {"vcast_float_to_half": RINT, "vcast_int32_t_to_int8_t": WRAP}
 _SUMS = {"vcast_int32_t_to_float": RINT, "vcast_float_to_half": RINT}
 BUILDS = {
-    "quantise.f16.smooth": Build("int4_quantize", "int4_quantize", {"SMOOTH": 1, "IS_BF16": 0, **_TILE}, {},
+    "quantise.f16.smooth": Build("ascend_int4_quantize", "int4_quantize", {"SMOOTH": 1, "IS_BF16": 0, **_TILE}, {},
                                  {**_QUANTISE, "vdiv_2d_float": 4, "vshrs_vs_1d_int32_t": 2},
                                  {**_CODES, "vcast_int32_t_to_int16_t": WRAP}),
-    "quantise.bf16": Build("int4_quantize", "int4_quantize", {"SMOOTH": 0, "IS_BF16": 1, **_TILE}, {}, _QUANTISE, _CODES),
-    "project.f16": Build("int4_quantize", "project_low_rank", {"IS_BF16": 0, **_PROJECTION}, _F16, {}),
-    "project.bf16": Build("int4_quantize", "project_low_rank", {"IS_BF16": 1, **_PROJECTION}, _BF16, {}),
-    "gemm.f16": Build("int8_gemm", "int8_gemm", {"R": 0, "BIAS": 0, "IS_BF16": 0, **_GEMM}, _INT8, _DEQUANTISE, _SUMS),
-    "gemm.f16.lora.bias": Build("int8_gemm", "int8_gemm", {"R": 32, "BIAS": 1, "IS_BF16": 0, **_GEMM},
+    "quantise.bf16": Build("ascend_int4_quantize", "int4_quantize", {"SMOOTH": 0, "IS_BF16": 1, **_TILE}, {}, _QUANTISE, _CODES),
+    "project.f16": Build("ascend_int4_quantize", "project_low_rank", {"IS_BF16": 0, **_PROJECTION}, _F16, {}),
+    "project.bf16": Build("ascend_int4_quantize", "project_low_rank", {"IS_BF16": 1, **_PROJECTION}, _BF16, {}),
+    "gemm.f16": Build("ascend_gemm_int4", "int8_gemm", {"R": 0, "BIAS": 0, "IS_BF16": 0, **_GEMM}, _INT8, _DEQUANTISE, _SUMS),
+    "gemm.f16.lora.bias": Build("ascend_gemm_int4", "int8_gemm", {"R": 32, "BIAS": 1, "IS_BF16": 0, **_GEMM},
                                 {**_INT8, **_F16}, {**_DEQUANTISE, "vadd_2d_float": 1}, _SUMS),
 }
 
@@ -179,7 +179,7 @@ def facts(name: str, folder: Path) -> Facts:
     """Lower one build and look. `missing` lists every assertion that failed, in words."""
     build = BUILDS[name]
     module = room(folder, build.module)
-    named = {} if build.module == "int8_gemm" else {"kernel": build.kernel}
+    named = {} if build.module == "ascend_gemm_int4" else {"kernel": build.kernel}
     signature = module.signature(**named, bf16=bool(build.meta["IS_BF16"]))
     triton_ir, text = linalg(getattr(module, build.kernel), signature, build.meta)
     lowered, said, stopped = hivm(text)

@@ -30,7 +30,7 @@ from lowbit.conformance.session import Plan, Session, listed_of
 from lowbit.conformance.verdict import Status
 from lowbit.conformance.worker import Worker
 from lowbit.kernels.blackwell_room.declare import declaration, unsupported
-from lowbit.kernels.triton_room.nvfp4_gemm import UNITS, packed, program, refusal, swizzled
+from lowbit.kernels.triton_room.blackwell_gemm_nvfp4 import UNITS, packed, program, refusal, swizzled
 from lowbit.references.declarations import Contraction, Declaration, Start
 
 HERE = Path(__file__).parent

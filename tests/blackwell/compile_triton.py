@@ -29,7 +29,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from lowbit.conformance.backend import Problem
-from lowbit.kernels.triton_room.nvfp4_gemm import OPTIONS, TILES, UNITS, Tile, Unit, meta, nvfp4_gemm, signature
+from lowbit.kernels.triton_room.blackwell_gemm_nvfp4 import OPTIONS, TILES, UNITS, Tile, Unit, meta, nvfp4_gemm, signature
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 SCALED_TCGEN05 = r"tcgen05\.mma\.cta_group::1\.kind::mxf4nvf4\.block_scale\.(?:block16|scale_vec::4X)\s"

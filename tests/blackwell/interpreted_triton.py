@@ -22,7 +22,16 @@ import torch
 import triton
 
 from lowbit.conformance.backend import F32, Declaration, Problem, TensorView
-from lowbit.kernels.triton_room.nvfp4_gemm import UNITS, Tile, launch, low_rank_codes, packed, program, refusal, swizzled
+from lowbit.kernels.triton_room.blackwell_gemm_nvfp4 import (
+    UNITS,
+    Tile,
+    launch,
+    low_rank_codes,
+    packed,
+    program,
+    refusal,
+    swizzled,
+)
 
 __all__ = ["group", "nibbles", "plain", "swizzle"]
 

@@ -28,7 +28,7 @@ from bit_cases import CASES, codec_faults, division_faults
 
 from lowbit.conformance.session import Plan, Session, listed_of
 from lowbit.conformance.worker import Worker
-from lowbit.kernels.triton_room import svdquant_quantise as svdquant
+from lowbit.kernels.triton_room import svdquant_quantize as svdquant
 
 BACKEND = f"python:{Path(__file__).parents[1] / 'interpreter' / 'interpreted.py'}:honest"
 
@@ -91,7 +91,7 @@ def draw(m: int, k: int, r: int) -> dict[str, torch.Tensor]:
 
 def quantise(t: dict[str, torch.Tensor], variant: str, splits: int) -> None:
     """Launch svdquant_quantize."""
-    svdquant.svdquant_quantise(
+    svdquant.svdquant_quantize(
         t["x"], t["smooth"], t["inverse"], t["down"], t["q"], t[variant], t["act"], t["parts"][:splits], variant=variant,
         recipe="svdquant", form=2, native=True, splits=splits,
     )

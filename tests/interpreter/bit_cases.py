@@ -28,7 +28,7 @@ from lowbit.kernels.triton_room.codes8 import (
 )
 from lowbit.kernels.triton_room.codes16 import code16, value16
 from lowbit.kernels.triton_room.division import by_short, div, short_reciprocal
-from lowbit.kernels.triton_room.svdquant_quantise import away_code
+from lowbit.kernels.triton_room.svdquant_quantize import away_code
 from lowbit.references.formats import BF16, E2M1, E4M3FN, E4M3FNUZ, F16, INT4, UE4M3, Format, decode
 from lowbit.references.rounding import Overflow, Rounding, encode
 

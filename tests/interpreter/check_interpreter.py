@@ -37,7 +37,7 @@ from lowbit.conformance.session import Plan, Session, listed_of
 from lowbit.conformance.verdict import PASSING, Status, Verdict
 from lowbit.conformance.worker import Worker
 from lowbit.kernels.triton import MODULES
-from lowbit.kernels.triton_room import svdquant_quantise as svdquant
+from lowbit.kernels.triton_room import svdquant_quantize as svdquant
 from lowbit.kernels.triton_room.machine import INTERPRETER, MACHINES, Machine
 from lowbit.references.interpret import segments
 
@@ -181,7 +181,7 @@ def operands(k: int, splits: int, rows: int) -> dict[str, Any]:
 
 
 def quantise(tensors: dict[str, Any], splits: int, *, native: bool = False) -> None:
-    svdquant.svdquant_quantise(**tensors, variant="nvfp4", recipe="svdquant", form=2, native=native, splits=splits)
+    svdquant.svdquant_quantize(**tensors, variant="nvfp4", recipe="svdquant", form=2, native=native, splits=splits)
 
 
 @pytest.mark.parametrize("machine", [INTERPRETER, *MACHINES.values()], ids=lambda machine: machine.name)

@@ -16,7 +16,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from lowbit.kernels.triton_room.blocks import NVFP4_RECIPES, flags
-from lowbit.kernels.triton_room.svdquant_quantise import svdquant_kernel
+from lowbit.kernels.triton_room.svdquant_quantize import svdquant_kernel
 
 __all__ = ["facts"]
 

@@ -44,7 +44,7 @@ from lowbit.kernels.triton_room.machine import Machine
 from lowbit.kernels.triton_room.memory import rows_of, scratch, tensor
 
 __all__ = [
-    "MUTANTS", "OPS", "SPLITS", "declaration", "inverses", "prepare", "run", "stage", "svdquant_quantise", "tactics",
+    "MUTANTS", "OPS", "SPLITS", "declaration", "inverses", "prepare", "run", "stage", "svdquant_quantize", "tactics",
     "unsupported", "workspace",
 ]
 
@@ -291,7 +291,7 @@ def invert_kernel(factors, inverse, count, FORMAT: tl.constexpr, BLOCK: tl.const
 
 
 def inverses(smooth: torch.Tensor, *, form: int) -> torch.Tensor:
-    """binary32 [K]: what `svdquant_quantise` takes as `inverse` beside smooth [K] (int16 codes of `form`)."""
+    """binary32 [K]: what `svdquant_quantize` takes as `inverse` beside smooth [K] (int16 codes of `form`)."""
     inverse = torch.empty(smooth.shape[0], dtype=torch.float32, device=smooth.device)
     invert_kernel[(triton.cdiv(smooth.shape[0], 1024),)](
         smooth, inverse, smooth.shape[0], FORMAT=form, BLOCK=1024, enable_fp_fusion=False,
@@ -299,7 +299,7 @@ def inverses(smooth: torch.Tensor, *, form: int) -> torch.Tensor:
     return inverse
 
 
-def svdquant_quantise(
+def svdquant_quantize(
     x: torch.Tensor, smooth: torch.Tensor, inverse: torch.Tensor, down: torch.Tensor, q: torch.Tensor, scales: torch.Tensor,
     act: torch.Tensor, parts: torch.Tensor | None, *, variant: str, recipe: str, form: int, native: bool, splits: int = 1,
     mutant: str = "",
@@ -317,11 +317,11 @@ def svdquant_quantise(
     target = act
     if splits > 1:
         if parts is None:
-            raise ValueError(f"svdquant_quantise: got {splits} splits without parts; give `parts` of [{splits}, {rows}, {r}]")
+            raise ValueError(f"svdquant_quantize: got {splits} splits without parts; give `parts` of [{splits}, {rows}, {r}]")
         target = parts
     if not _whole(k, splits):
         raise ValueError(
-            f"svdquant_quantise: got {splits} splits of K = {k}; expected parts of whole {_INSTRUCTION_K} k, or splits = 1")
+            f"svdquant_quantize: got {splits} splits of K = {k}; expected parts of whole {_INSTRUCTION_K} k, or splits = 1")
     if rows == 0:
         return
     size = 16 if variant == "nvfp4" else 64
@@ -442,15 +442,15 @@ def run(
     """Quantise into packed codes, then lay out one code per byte."""
     m, k, r = (problem.dim(letter) for letter in "mkr")
     if m == 0:
-        return "svdquant_quantise (nothing to launch)"
+        return "svdquant_quantize (nothing to launch)"
     rows, splits = -(-m // 256) * 256, SPLITS[tactic]
     q = scratch(workspace, torch.uint8, (rows, k // 2))
     parts = scratch(workspace, torch.float32, (splits, rows, r), _bytes(problem)) if splits > 1 else None
     act = tensor(outputs["lora_act"]).view(torch.float32)
-    svdquant_quantise(
+    svdquant_quantize(
         rows_of(inputs["x"])[0], state["smooth"], state["inverse"], state["down"], q, tensor(outputs["scales"]), act, parts,
         variant=problem.variant, recipe=problem.option("recipe"), form=_FORMS[problem.option("x")], native=machine.native,
         splits=splits, mutant=mutant,
     )
     unpack_nibbles(q, tensor(outputs["q"]), wide=not machine.native)
-    return f"svdquant_quantise_{problem.variant}_{problem.option('recipe')}_{tactic}"
+    return f"svdquant_quantize_{problem.variant}_{problem.option('recipe')}_{tactic}"

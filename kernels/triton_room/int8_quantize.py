@@ -20,7 +20,7 @@ from lowbit.kernels.triton_room.division import div
 from lowbit.kernels.triton_room.machine import Machine
 from lowbit.kernels.triton_room.memory import rows_of, tensor
 
-__all__ = ["MUTANTS", "OPS", "declaration", "int8_quantise", "prepare", "run", "stage", "tactics", "unsupported", "workspace"]
+__all__ = ["MUTANTS", "OPS", "declaration", "int8_quantize", "prepare", "run", "stage", "tactics", "unsupported", "workspace"]
 
 OPS = ("int8_quantize",)
 MUTANTS = ("offsets_wrap",)
@@ -43,7 +43,7 @@ def row_amax(  # type: ignore[no-untyped-def]
 
 
 @triton.jit(do_not_specialize=["m", "scale_stride", "zero_stride"])
-def int8_quantise_kernel(  # type: ignore[no-untyped-def]
+def int8_quantize_kernel(  # type: ignore[no-untyped-def]
     x, q, scales, zeros, m, k, x_stride, q_stride, scale_stride, zero_stride, FORMAT: tl.constexpr, NARROW: tl.constexpr,
     WRAP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):
@@ -67,7 +67,7 @@ def int8_quantise_kernel(  # type: ignore[no-untyped-def]
         tl.store(q + offset(row, q_stride, 0)[:, None] + column[None, :], codes, mask=mask)
 
 
-def int8_quantise(
+def int8_quantize(
     x: torch.Tensor, q: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor, *, form: int, narrow: bool = False,
     wide: bool = False, wrap: bool = False,
 ) -> None:
@@ -78,7 +78,7 @@ def int8_quantise(
     if m == 0:
         return
     rows, columns = (256, min(triton.next_power_of_2(k), 4096)) if wide else (4, min(triton.next_power_of_2(k), 1024))
-    int8_quantise_kernel[(triton.cdiv(m, rows),)](
+    int8_quantize_kernel[(triton.cdiv(m, rows),)](
         x, q, scales, zeros, m, k, x.stride(0), q.stride(0), scales.stride(0), zeros.stride(0), FORMAT=form, NARROW=int(narrow),
         WRAP=int(wrap), ROWS=rows, COLUMNS=columns, num_warps=4, **OPTIONS,
     )
@@ -122,9 +122,9 @@ def run(
     workspace: TensorView, stream: Any, machine: Machine, mutant: str = "",
 ) -> str:
     """Quantise."""
-    int8_quantise(
+    int8_quantize(
         rows_of(inputs["x"])[0], tensor(outputs["q"]), tensor(outputs["scales"]), tensor(outputs["zeros"]),
         form=_FORMS[problem.option("x")], narrow=problem.option("quotient") == "narrow", wide=not machine.native,
         wrap=mutant == "offsets_wrap",
     )
-    return f"int8_quantise_{problem.option('quotient')}"
+    return f"int8_quantize_{problem.option('quotient')}"

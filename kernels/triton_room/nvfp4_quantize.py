@@ -25,7 +25,7 @@ from lowbit.kernels.triton_room.memory import rows_of, scratch, tensor
 from lowbit.kernels.triton_room.tensor_scale import find_scale, parts
 
 __all__ = [
-    "MUTANTS", "OPS", "declaration", "nvfp4_quantise", "prepare", "run", "stage", "tactics", "unsupported", "workspace",
+    "MUTANTS", "OPS", "declaration", "nvfp4_quantize", "prepare", "run", "stage", "tactics", "unsupported", "workspace",
 ]
 
 OPS = ("nvfp4_quantize",)
@@ -36,7 +36,7 @@ _ONE_LEVEL = ("svdquant", "svdquant_triton", "nunchaku", "deepgemm")
 
 
 @triton.jit(do_not_specialize=["m", "rows", "blocks", "columns", "scale_stride"])
-def nvfp4_quantise_kernel(  # type: ignore[no-untyped-def]
+def nvfp4_quantize_kernel(  # type: ignore[no-untyped-def]
     x, global_scale, q, scales, m, rows, blocks, columns, x_stride, q_stride, scale_stride,
     FORMAT: tl.constexpr, SWIZZLED: tl.constexpr, WRAP: tl.constexpr, LEVELS: tl.constexpr, SIZE: tl.constexpr,
     NAN: tl.constexpr, SIXTH: tl.constexpr, JOIN: tl.constexpr, FLOOR: tl.constexpr, CAP: tl.constexpr, ZERO: tl.constexpr,
@@ -69,7 +69,7 @@ def nvfp4_quantise_kernel(  # type: ignore[no-untyped-def]
     tl.store(scales + place, code, mask=(row < rows)[:, None] & (block < columns)[None, :])
 
 
-def nvfp4_quantise(
+def nvfp4_quantize(
     x: torch.Tensor, q: torch.Tensor, scales: torch.Tensor, recipe: Nvfp4Recipe, *, form: int,
     global_scale: torch.Tensor | None = None, swizzled: bool = False, rows: int = -1, wide: bool = False, wrap: bool = False,
 ) -> None:
@@ -87,7 +87,7 @@ def nvfp4_quantise(
     if rows == 0 or k == 0:
         return
     tile_rows, tile_blocks = (256, 1024 // size) if wide else (16, 256 // size)
-    nvfp4_quantise_kernel[(triton.cdiv(rows, tile_rows), triton.cdiv(columns, tile_blocks))](
+    nvfp4_quantize_kernel[(triton.cdiv(rows, tile_rows), triton.cdiv(columns, tile_blocks))](
         x, x if global_scale is None else global_scale, q, scales, m, rows, k // size, columns, x.stride(0), q.stride(0),
         scales.stride(0), FORMAT=form, SWIZZLED=int(swizzled), WRAP=int(wrap), LEVELS=1 if global_scale is None else 2, SIZE=size,
         **flags(recipe), ROWS=tile_rows, BLOCKS=tile_blocks, num_warps=4, **OPTIONS,
@@ -162,10 +162,10 @@ def run(
     scales = tensor(outputs["scales"])
     if m:
         q = scratch(workspace, torch.uint8, (m, k // 2))
-        nvfp4_quantise(
+        nvfp4_quantize(
             x, q, scales, recipe, form=_FORMS[problem.option("x")], global_scale=scale,
             swizzled=problem.option("layout") == "swizzled", rows=m if mutant == "padding_not_written" else -1, wide=wide,
             wrap=mutant == "offsets_wrap",
         )
         unpack_nibbles(q, tensor(outputs["q"]), wide=wide)
-    return f"nvfp4_quantise_{problem.option('recipe')}"
+    return f"nvfp4_quantize_{problem.option('recipe')}"

@@ -20,7 +20,7 @@ from lowbit.kernels.triton_room.blocks import magnitudes, offset
 from lowbit.kernels.triton_room.codes8 import OPTIONS, e4m3_code
 from lowbit.kernels.triton_room.codes16 import value
 from lowbit.kernels.triton_room.division import div, reciprocal
-from lowbit.kernels.triton_room.int8_quantise import row_amax
+from lowbit.kernels.triton_room.int8_quantize import row_amax
 from lowbit.kernels.triton_room.machine import Machine
 from lowbit.kernels.triton_room.memory import rows_of, scratch, tensor
 from lowbit.kernels.triton_room.tensor_scale import find_scale, parts
@@ -279,4 +279,4 @@ def run(
             find_scale(x, x_stride, (m, k), scale, found, form=form, nan=recipe.nan, limit=top_of(fnuz=fnuz), encode=0,
                        floor=floor_of(fnuz=fnuz) if recipe.floor else 0.0, wide=wide)
         fp8_by_scale(x, scale, q, recipe, form=form, fnuz=fnuz, rows=rows, wide=wide, wrap=wrap)
-    return f"fp8_quantise_{variant}_{problem.option('recipe')}"
+    return f"fp8_quantize_{variant}_{problem.option('recipe')}"
