@@ -103,9 +103,9 @@ def evaluate(
     """Evaluate a backend's kernels inside a model, and write everything below `out`.
 
     `model`: a folder with config.json, tokenizer and safetensors, or `embedded`. `backend`: as `lowbit certify` takes it, an arm,
-    or `torch_f32`: the reference with sums in binary32. `reference`: `torch_twin`, or another backend.
-    `tasks`: names; by default the embedded ones, and gsm8k and mmlu where
-    `data` is given. `recipe`: how plain weights are quantised; `base`: the full-precision model of a quantised checkpoint.
+    or `torch_f32`: the reference with sums in binary32. `reference`: `torch_twin`, or another backend. `tasks`: names; by default
+    the embedded ones, and gsm8k and mmlu where `data` is given. `recipe`: how plain weights are quantised; `base`: the
+    full-precision model of a quantised checkpoint.
     `limit`: questions per task, `texts`: texts per task in the per-token test. `margin`: acceptable loss of accuracy, a share.
     `samples`: folder of the answers, by default OUT/answers. `localise`: judge each Linear on the texts that the backend changed
     most, and on more rows. `certificate`: the backend's report, for level L4.

@@ -130,7 +130,7 @@ def _requantised(
     return torch.empty(w.shape, dtype=w.dtype, device=w.device), torch.empty(1, dtype=torch.float32, device=w.device)
 
 
-def _requantise(
+def _requantize(
     w: Tensor, scales: Tensor, widths: Tensor, through_half: bool = False, fnuz: bool = False
 ) -> tuple[Tensor, Tensor]:
     out, scale = _requantised(w, scales, widths, through_half, fnuz)
@@ -160,7 +160,7 @@ define("scale_pack_e4m3", "(Tensor scales) -> Tensor", _pack_scales, _products)
 define("scale_fold", '(Tensor scales, str recipe="vllm") -> (Tensor, Tensor)', _fold, _folded)
 define(
     "fp8_requantize", "(Tensor w, Tensor scales, Tensor widths, bool through_half=False, bool fnuz=False) -> (Tensor, Tensor)",
-    _requantise, _requantised,
+    _requantize, _requantised,
 )
 define("expand_scales", "(Tensor scales, Tensor widths, int rows) -> Tensor", _expand, _expanded)
 

@@ -19,7 +19,7 @@ import triton
 from lowbit.kernels.rocm_room import skinny_fp8
 from lowbit.kernels.rocm_room.dispatch import Call, fused_on_disk, one_scale, product_of, takes_skinny
 from lowbit.kernels.triton_room import gemm_w8a8_fp8
-from lowbit.kernels.triton_room.encodings import channel_scales_kernel, convert_fnuz, requantise_fp8
+from lowbit.kernels.triton_room.encodings import channel_scales_kernel, convert_fnuz, requantize_fp8
 from lowbit.kernels.triton_room.fp8_quantize import FP8_RECIPES, fp8_by_rows, fp8_by_scale, top_of
 from lowbit.kernels.triton_room.machine import Machine
 from lowbit.kernels.triton_room.tensor_scale import find_scale, parts
@@ -65,7 +65,7 @@ def merged(layer: Layer, widths: Sequence[int], machine: Machine, *, via_f16: bo
     """One scale, the largest, for the shards of `widths` rows. Codes of a checkpoint that was fused on disk stay."""
     codes, scale = torch.empty_like(layer.codes), torch.empty(1, dtype=torch.float32, device=layer.codes.device)
     rows = torch.tensor(widths, dtype=torch.int32, device=layer.codes.device)
-    requantise_fp8(
+    requantize_fp8(
         layer.codes, layer.scale.view(torch.int32), rows, codes, scale.view(torch.int32), fnuz=layer.fnuz, via_f16=via_f16,
         wide=not machine.native,
     )

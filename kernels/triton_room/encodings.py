@@ -23,7 +23,7 @@ from lowbit.kernels.triton_room.machine import Machine
 from lowbit.kernels.triton_room.memory import rows_of, tensor
 
 __all__ = [
-    "MUTANTS", "OPS", "convert_fnuz", "declaration", "pack_nibbles", "prepare", "repack_int4", "requantise_fp8", "run", "stage",
+    "MUTANTS", "OPS", "convert_fnuz", "declaration", "pack_nibbles", "prepare", "repack_int4", "requantize_fp8", "run", "stage",
     "swizzle_scales", "tactics", "unpack_nibbles", "unsupported", "workspace",
 ]
 
@@ -247,7 +247,7 @@ def largest_scale(scales, shards, SHARDS: tl.constexpr):  # type: ignore[no-unty
 
 
 @triton.jit(do_not_specialize=["rows", "columns", "shards"])
-def requantise_fp8_kernel(  # type: ignore[no-untyped-def]
+def requantize_fp8_kernel(  # type: ignore[no-untyped-def]
     w, scales, widths, out, scale, rows, columns, shards, stride, out_stride, FNUZ: tl.constexpr, VIA_F16: tl.constexpr,
     WRAP: tl.constexpr, SHARDS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):
@@ -277,7 +277,7 @@ def channel_scales_kernel(scales, widths, out, rows, shards, out_stride, ROWS: t
     tl.store(out + offset(row, out_stride, 0), own, mask=row < rows)
 
 
-def requantise_fp8(
+def requantize_fp8(
     w: torch.Tensor, scales: torch.Tensor, widths: torch.Tensor, out: torch.Tensor, scale: torch.Tensor, *, fnuz: bool,
     via_f16: bool = False, wide: bool = False, wrap: bool = False,
 ) -> None:
@@ -286,7 +286,7 @@ def requantise_fp8(
     binary16."""
     tile = (256, 2048) if wide else (16, 256)
     shards = scales.numel()
-    requantise_fp8_kernel[(triton.cdiv(w.shape[0], tile[0]), triton.cdiv(w.shape[1], tile[1]))](
+    requantize_fp8_kernel[(triton.cdiv(w.shape[0], tile[0]), triton.cdiv(w.shape[1], tile[1]))](
         w, scales, widths, out, scale, *w.shape, shards, w.stride(0), out.stride(0), FNUZ=int(fnuz), VIA_F16=int(via_f16),
         WRAP=int(wrap), SHARDS=triton.next_power_of_2(shards), ROWS=tile[0], COLUMNS=tile[1], **OPTIONS,
     )
@@ -396,7 +396,7 @@ def _convert(problem: Problem, tensors: Mapping[str, TensorView], wide: bool, mu
                  wrap=mutant == "offsets_wrap")
 
 
-def _requantise(problem: Problem, tensors: Mapping[str, TensorView], wide: bool, mutant: str) -> None:
+def _requantize(problem: Problem, tensors: Mapping[str, TensorView], wide: bool, mutant: str) -> None:
     scales, widths = tensor(tensors["scales"]), tensor(tensors["widths"])
     if problem.variant == "channel":
         out = tensor(tensors["channel_scale"])
@@ -404,7 +404,7 @@ def _requantise(problem: Problem, tensors: Mapping[str, TensorView], wide: bool,
             scales, widths, out, out.shape[0], scales.numel(), out.stride(0), ROWS=1024,
         )
         return
-    requantise_fp8(
+    requantize_fp8(
         rows_of(tensors["w"])[0], scales, widths, tensor(tensors["w_out"]), tensor(tensors["scale"]),
         fnuz=problem.option("format") == "fnuz", via_f16=problem.variant == "max_scale_f16", wide=wide,
         wrap=mutant == "offsets_wrap",
@@ -413,7 +413,7 @@ def _requantise(problem: Problem, tensors: Mapping[str, TensorView], wide: bool,
 
 _LAUNCH: Mapping[str, Callable[[Problem, Mapping[str, TensorView], bool, str], None]] = {
     "int4_pack": _pack, "int4_repack": _repack, "scale_swizzle": _swizzle, "fp8_convert_fnuz": _convert,
-    "fp8_requantize": _requantise,
+    "fp8_requantize": _requantize,
 }
 
 
