@@ -50,7 +50,9 @@ def resolve(reference: str) -> Any:
     path, _, attribute = reference[len(BY_FILE):].rpartition(":")
     if not Path(path).is_file() or not attribute:
         raise BackendError(f"backend {reference!r}: expected python:FILE.py:ATTRIBUTE, and {path!r} to be a file")
-    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+    # Not the stem alone: a backend in a file called copy.py would stand in for that module of the standard library.
+    digest = hashlib.sha256(os.fsencode(Path(path).resolve())).hexdigest()
+    spec = importlib.util.spec_from_file_location(f"backend_{Path(path).stem}_{digest[:16]}", path)
     if spec is None or spec.loader is None:
         raise BackendError(f"backend {reference!r}: {path!r} is no Python file")
     module = importlib.util.module_from_spec(spec)
@@ -61,6 +63,7 @@ def resolve(reference: str) -> Any:
         if not hasattr(found, "run") or isinstance(found, type):
             found = found()
     except Exception as error:
+        sys.modules.pop(spec.name, None)
         raise BackendError(f"backend {reference!r} does not load: {type(error).__name__}: {error}") from error
     missing = [name for name in ("name", "target", "supports", "declare", "run") if not hasattr(found, name)]
     if missing:

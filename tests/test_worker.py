@@ -6,7 +6,9 @@ tactic names the misbehaviour.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import importlib
 import os
 import pickle
 import signal
@@ -22,7 +24,7 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 
-from lowbit.conformance.backend import TensorView
+from lowbit.conformance.backend import BackendError, TensorView
 from lowbit.conformance.case import Operands, Problem, Tensor
 from lowbit.conformance.device import HostDevice
 from lowbit.conformance.op import Family, ResolvedTensor, Role
@@ -38,6 +40,7 @@ from lowbit.conformance.worker import (
     check_record,
     differences,
 )
+from lowbit.conformance.worker_process import resolve
 from lowbit.references.datapaths import DATAPATHS
 from lowbit.references.declarations import EXACT_BITS, Claim, Contraction, Declaration, cast, mul
 from lowbit.references.formats import BF16, F16, F32, INT4, UINT8, Format
@@ -649,6 +652,20 @@ def test_a_backend_that_does_not_load_fails_every_call_in_one_sentence(reference
     assert (outcome.status, outcome.reason) == (Ending.RAISED, str(caught.value))
     assert [answer.reason for answer in answers if isinstance(answer, Fault)] == [str(caught.value)] * 2
     assert worker.pid is None
+
+
+@pytest.mark.parametrize("text", ["from lowbit.kernels.cpu import backend", "raise OSError('no driver')"])
+def test_a_backend_in_a_file_named_as_a_module_stands_in_for_no_module(tmp_path: Path, text: str) -> None:
+    before = set(sys.modules)
+    (tmp_path / "copy.py").write_text(text, encoding="utf-8")
+    (tmp_path / "colorsys.py").write_text(text, encoding="utf-8")
+    for name in ("copy", "colorsys"):
+        with contextlib.suppress(BackendError):
+            resolve(f"python:{tmp_path / name}.py:backend")
+    assert importlib.import_module("copy").copy([1]) == [1]
+    assert importlib.import_module("colorsys").rgb_to_hsv(1, 1, 1) == (0, 0, 1)
+    left = [name for name in set(sys.modules) - before if name.startswith("backend_")]
+    assert len(left) == (2 if "import" in text else 0)
 
 
 def test_submit_returns_at_once_and_collect_waits(host: Worker) -> None:
