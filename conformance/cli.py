@@ -393,12 +393,18 @@ def run_(
     for verdict in found:
         _print_verdict(verdict)
     shown = next((verdict for verdict in found if verdict.status in FAILING), found[0])
+    _write_json(json_path, [json.loads(reports.verdict_json(verdict)) for verdict in found])
     if bundle is not None and shown.status in _WITHOUT_OUTPUT:
         _out.print(f"no bundle: {shown.status} leaves no output to store", markup=False)
     elif bundle is not None:
-        bundles.record(case, backend, shown.tactic, bundle, timeout=timeout)
-        _out.print(f"bundle: {bundle}", markup=False)
-    _write_json(json_path, [json.loads(reports.verdict_json(verdict)) for verdict in found])
+        kept = bundles.record(case, backend, shown.tactic, bundle, timeout=timeout, failing=shown.status in FAILING)
+        if kept is None:
+            said = f"no bundle: run again {bundles.ATTEMPTS} times the case passed; the kernel does not repeat its bits"
+            _out.print(said, markup=False)
+        else:
+            _out.print(f"bundle: {bundle}", markup=False)
+        if kept is not None and not kept.batch and kept.output_sha256 != shown.output_sha256:
+            _out.print("  of a second run, whose bits are not those judged above: the kernel does not repeat them", markup=False)
     _end_verdicts(found)
 
 
