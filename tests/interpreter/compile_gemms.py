@@ -218,7 +218,7 @@ def main(arguments: list[str]) -> int:
         print(f"{found.name:<24} {found.registers:>3} registers, {found.spills:>2} spills, {found.shared_bytes:>6} bytes shared"
               + "".join(f"; MISSING {what}" for what in found.missing))
     chips = ", ".join(f"sm_{capability}" for capability in SHARED)
-    print(f"{len(facts)} builds for {chips}: compiled, never executed on a device")
+    print(f"{len(facts)} builds for {chips}: compiled, not executed here")
     if given.json:
         given.json.write_text(json.dumps([asdict(found) for found in facts]), encoding="utf-8")
     return int(any(found.missing for found in facts))
