@@ -134,8 +134,8 @@ def ascend(session: nox.Session) -> None:
 
 @nox.session
 def rocm(session: nox.Session) -> None:
-    """Certify the Triton kernels for AMD chips; without one judge a shortened list in Triton's CPU interpreter, which grants no level.
-    Compile them for gfx942 and gfx950."""
+    """Certify the Triton kernels for AMD chips; without one judge a shortened list, which grants no level, in Triton's CPU
+    interpreter. Compile them for gfx942 and gfx950."""
     chip = Path("/dev/kfd").exists()
     install(session, ".[test,fast,rocm]", *(() if chip else (TORCH, TRITON)), device=chip)
     variables = ENVIRONMENT if chip else ENVIRONMENT | INTERPRETED
@@ -207,8 +207,8 @@ def blackwell(session: nox.Session) -> None:
 
 @nox.session
 def hopper(session: nox.Session) -> None:
-    """Compile the Hopper kernels with nvcc, ahead of time and without a device, and assert on the instructions that came out; then
-    run them on an emulated machine."""
+    """Compile the Hopper kernels with nvcc, ahead of time and without a device, and assert on the instructions that came out.
+    Run them on an emulated machine."""
     install(session, ".[fast,torch]", TORCH, "pytest>=8.2", *NVCC)
     run(session, "pytest", "tests/hopper/check_compile.py", "tests/hopper/check_emulated.py", *session.posargs)
 

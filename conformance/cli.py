@@ -35,7 +35,7 @@ from .exit_codes import ExitCode
 from .op import DomainError
 from .ops import ops
 from .report import MergeError, OutputError, ReportError
-from .selection import CONTRACT, case_list
+from .selection import CONTRACT, PER_OP, REPEATS, case_list
 from .verdict import FAILING, Status, Verdict
 from .waivers import WaiverError
 from .worker import WorkerError
@@ -103,7 +103,7 @@ def list_(
     what: Annotated[
         str, typer.Argument(help="ops, tensors, options, constraints, cases, backends, datapaths, recipes or layouts")
     ] = "ops",
-    op: Annotated[str, typer.Option(help="For tensors, options, constraints and cases: only this op.")] = "",
+    op: Annotated[str, typer.Option(help="For tensors, options, constraints, and cases (that all backends share): only this op.")] = "",
     json_path: JsonOption = None,
 ) -> None:
     """List what there is: ops with their tensors, options and constraints, cases, backends, datapaths, recipes, layouts."""
@@ -267,9 +267,9 @@ def certify(
     target: Annotated[str, typer.Option(help="Certify the backend of this target (cuda, ascend, rocm, xpu, cpu).")] = "",
     waivers: Annotated[Path | None, typer.Option(help="Waiver file (TOML).")] = None,
     tensors: Annotated[str, typer.Option(help="FILE.safetensors[:GLOB]: add a lane of real weights.")] = "",
-    per_op: Annotated[int, typer.Option(help="Drawn cases per op.")] = 170,
+    per_op: Annotated[int, typer.Option(min=1, help="Drawn cases per op; fewer than 170 is a shortened run: no level.")] = PER_OP,
     timeout: TimeoutOption = 60.0,
-    repeats: Annotated[int, typer.Option(help="Repeats of a stability case (L3).")] = 100,
+    repeats: Annotated[int, typer.Option(min=1, help="Repeats of a stability case (L3); fewer than 100: no level.")] = REPEATS,
     require_device: Annotated[
         bool, typer.Option("--require-device", help="Fail unless every claimed op ran on the device.")
     ] = False,
@@ -319,14 +319,19 @@ def _certified(plan: Any, out: Path, level: str, resume: bool, power: reports.St
     progress: dict[str, Any] = {}
 
     def start(total: int, session: Any) -> None:
-        if not resume:
-            partial.unlink(missing_ok=True)
+        marks = run.marks_of(plan, session)
+        if resume and partial.exists():
+            reports.check_partial(partial, marks)
+        else:
+            reports.begin_partial(partial, marks)
         progress["context"] = _progress(total, f"certify {session.name} {level}")
         progress["step"] = progress["context"].__enter__()
 
     def verdict(found: Verdict) -> None:
         reports.append_verdict(partial, found)
-        progress["step"](found.case.split("/")[0])
+        if progress.get("case") != found.case:  # one step for all tactics of a case
+            progress["case"] = found.case
+            progress["step"](found.case.split("/")[0])
         if found.status in FAILING:
             _show(found)
 
@@ -356,6 +361,7 @@ def _strength(path: Path) -> reports.Strength:
 def _figures(result: reports.Report) -> dict[str, Any]:
     return {
         "backend": result.subject.reference, "contract": result.contract, "level": result.level_granted,
+        "shortened": reports.shortened(result.run, result.level_requested),
         "statuses": dict(result.totals.statuses), "cases": result.totals.cases, "seconds": result.run.seconds,
         "products": result.coverage.products, "median_k": result.coverage.median_k,
         "problems": dict(result.coverage.problems), "long_k": dict(result.coverage.long_k), "peak_bytes": result.peak_bytes,
@@ -371,8 +377,11 @@ def _summary(result: reports.Report, out: Path) -> None:
     _out.print(f"  {counts}; {cases:,} cases, {products:,} products, {seconds:,.0f} s", markup=False)
     if result.audits:
         _out.print(f"  accumulators: {headline(result.audits)}", markup=False)
+    short = reports.shortened(result.run, result.level_requested)
+    if short:
+        _out.print(f"  {short}; a level asks for the whole list", markup=False)
     for row in result.levels:
-        if row.outcome == "refused":
+        if row.outcome == "refused" and row.reasons != (short,):
             for reason in row.reasons[:8]:
                 _out.print(f"  L{row.level} {row.name} refused: {reason}", markup=False)
     _out.print(f"  report: {out / 'report.html'}", markup=False)
@@ -392,6 +401,8 @@ def _end(result: reports.Report, require_device: bool) -> None:
     if require_device and reports.unexecuted(result):
         missing = ", ".join(reports.unexecuted(result))
         raise Stop(ExitCode.NOTHING_TO_CERTIFY, f"--require-device: not executed on the device: {missing}")
+    if reports.shortened(result.run, result.level_requested):
+        return  # it asks for no level
     if whole and result.level_granted != result.level_requested:
         raise Stop(ExitCode.FAILED, f"level L{result.level_requested} was asked for and is not granted; the report says why")
 
@@ -532,8 +543,8 @@ def diff(before: Path, after: Path, json_path: JsonOption = None) -> None:
 
 @app.command()
 def verify(report: Path, json_path: JsonOption = None) -> None:
-    """Check a report: schema, totals, digest, waivers, freshness."""
-    findings = reports.verify(report, datetime.now(UTC), contract=CONTRACT)
+    """Check a report: schema, totals, digest, waivers, freshness, and that its cases are the contract's."""
+    findings = _findings(report)
     for finding in findings:
         _out.print(finding, markup=False)
     _write_json(json_path, list(findings))
@@ -738,9 +749,16 @@ def eval_(
         raise Stop(ExitCode.FAILED, "the backend DRIFTS from the reference arithmetic")
 
 
+def _findings(path: Path) -> Sequence[str]:
+    """What is wrong with a report: with its text and, where that is sound, with its list of cases."""
+    from . import run
+
+    return reports.verify(path, datetime.now(UTC), contract=CONTRACT) or run.misselected(reports.load(path))
+
+
 def _held(certificate: Path) -> reports.Report:
     """A report that `lowbit verify` finds nothing in. Stops with code 3 where it does."""
-    findings = reports.verify(certificate, datetime.now(UTC), contract=CONTRACT)
+    findings = _findings(certificate)
     if findings:
         raise Stop(ExitCode.BAD_INPUT, f"certificate {certificate}: {'; '.join(findings[:3])}")
     return reports.load(certificate)

@@ -438,7 +438,9 @@ def test_interrupt_ends_with_its_own_code_and_keeps_the_verdicts(tmp_path: Path)
     assert process.returncode == ExitCode.INTERRUPTED
     assert told.splitlines()[-1] == "lowbit: interrupted; the verdicts so far are in verdicts.jsonl, continue with --resume"
     assert not (tmp_path / "out" / "report.json").exists()
-    assert all(json.loads(line)["case"] for line in partial.read_text().splitlines())
+    first, *lines = partial.read_text().splitlines()
+    assert json.loads(first)["run"]["backend"] == "cpu"
+    assert all(json.loads(line)["case"] for line in lines)
 
 
 def test_killed_run_is_resumed_and_keeps_its_verdicts(lowbit: Command, tmp_path: Path) -> None:
@@ -463,7 +465,7 @@ def test_killed_run_is_resumed_and_keeps_its_verdicts(lowbit: Command, tmp_path:
         time.sleep(0.05)
     assert _workers(process.pid) == []
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"verdicts.jsonl"}
-    kept = [json.loads(line) for line in partial.read_text().split("\n")[:-1]]
+    kept = [json.loads(line) for line in partial.read_text().split("\n")[1:-1]]
     with partial.open("ab") as stream:
         stream.write(b'{"case": "gemm_w4a8_int8/dir')  # what a kill leaves of a line
     only_sentence(lowbit(*arguments, "out", "--resume", "--shard", "1/2"), ExitCode.BAD_INPUT, "of another run")
