@@ -103,7 +103,9 @@ def list_(
     what: Annotated[
         str, typer.Argument(help="ops, tensors, options, constraints, cases, backends, datapaths, recipes or layouts")
     ] = "ops",
-    op: Annotated[str, typer.Option(help="For tensors, options, constraints, and cases (that all backends share): only this op.")] = "",
+    op: Annotated[
+        str, typer.Option(help="For tensors, options, constraints, and cases (those that all backends share): only this op.")
+    ] = "",
     json_path: JsonOption = None,
 ) -> None:
     """List what there is: ops with their tensors, options and constraints, cases, backends, datapaths, recipes, layouts."""
