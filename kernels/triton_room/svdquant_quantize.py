@@ -40,6 +40,7 @@ from lowbit.kernels.triton_room.codes8 import OPTIONS
 from lowbit.kernels.triton_room.codes16 import code, rounded, value16
 from lowbit.kernels.triton_room.division import by_pair, div, near_reciprocal, reciprocal, rest_of
 from lowbit.kernels.triton_room.encodings import unpack_nibbles
+from lowbit.kernels.triton_room.gemm_tiles import speaks_ptx
 from lowbit.kernels.triton_room.machine import Machine, here
 from lowbit.kernels.triton_room.memory import rows_of, scratch, tensor
 
@@ -497,7 +498,7 @@ def inverses(smooth: torch.Tensor, *, form: int) -> torch.Tensor:
 def svdquant_quantize(
     x: torch.Tensor, smooth: torch.Tensor, inverse: torch.Tensor, down: torch.Tensor, q: torch.Tensor, scales: torch.Tensor,
     act: torch.Tensor, parts: torch.Tensor | None, *, variant: str, recipe: str, form: int, native: bool, splits: int = 1,
-    mutant: str = "",
+    mutant: str = "", machine: Machine | None = None,
 ) -> None:
     """Quantise x / smooth and project x, on the current stream.
 
@@ -505,7 +506,8 @@ def svdquant_quantize(
     whole words apart. inverse: what `inverses` gives. q uint8 [rows, K / 2] packed; scales uint8 [K / 16, rows] (`variant` nvfp4)
     or int16 [K / 64, rows] (int4); act binary32 [rows, R]; rows = 256 ceil(M / 256), the last axes contiguous. `parts`: binary32
     [splits, rows, R] for `splits` above 1. `native`: products by the matrix unit of an NVIDIA device. `mutant`: a planted fault
-    of `MUTANTS`. Raises ValueError for splits without parts and for those that are not whole instructions.
+    of `MUTANTS`. `machine`: None for that of this process. Raises ValueError for splits without parts and for those that are not
+    whole instructions.
     """
     m, k = x.shape
     rows, r = act.shape
@@ -536,7 +538,8 @@ def svdquant_quantize(
         VARIANT=int(variant == "int4"), FORMAT=form, NUNCHAKU=int(recipe == "nunchaku"),
         RULE=INT4_RULES[False, recipe] if variant == "int4" else 0, **flags(record), SIZE=size, FAST=int(recipe != "nunchaku"),
         NATIVE=int(matrix_unit), LORA_SMOOTHED=int(lora_smoothed), WRAP=int(mutant == "offsets_wrap"),
-        PTX=_dialect(native=native), EVEN=int(part % tile.depth == 0 and r % tile.ranks == 0), GROUP=256, ROWS=tile.rows,
+        PTX=_dialect(machine or here()) if native else 0, EVEN=int(part % tile.depth == 0 and r % tile.ranks == 0), GROUP=256,
+        ROWS=tile.rows,
         RANKS=tile.ranks, DEPTH=tile.depth, HEIGHT=tile.height, WIDTH=tile.width, num_warps=tile.warps, num_stages=tile.stages,
         maxnreg=tile.registers, **OPTIONS,
     )
@@ -546,9 +549,11 @@ def svdquant_quantize(
         )
 
 
-def _dialect(*, native: bool) -> int:
+def _dialect(machine: Machine) -> int:
     """PTX that kernels may hold: 0 none, 1 that of capability 8.0, 2 that of 8.6 and later."""
-    return (1 if here().name == "ampere" else 2) if native else 0
+    if not speaks_ptx(machine):
+        return 0
+    return 1 if machine.name == "ampere" else 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -657,7 +662,7 @@ def run(
     svdquant_quantize(
         rows_of(inputs["x"])[0], state["smooth"], state["inverse"], state["down"], q, tensor(outputs["scales"]), act, parts,
         variant=problem.variant, recipe=problem.option("recipe"), form=_FORMS[problem.option("x")], native=machine.native,
-        splits=splits, mutant=mutant,
+        splits=splits, mutant=mutant, machine=machine,
     )
     unpack_nibbles(q, tensor(outputs["q"]), wide=not machine.native)
     return f"svdquant_quantize_{problem.variant}_{problem.option('recipe')}_{tactic}"
