@@ -38,7 +38,7 @@ __all__ = [
     "BF16", "DATAPATHS", "E2M1", "E4M3FN", "E4M3FNUZ", "E5M2", "EXACT_BITS", "EXECUTIONS", "F16", "F32", "F64", "GROUP", "INT32",
     "INT4", "INT8", "UE4M3", "UINT4", "Backend", "BackendError", "Claim", "Contraction", "Datapath", "Declaration", "Format",
     "Join",
-    "NEVER_EXECUTED", "Order", "Problem", "Role", "Rounding", "Start", "Step", "StepKind", "TensorView", "add",
+    "NOT_EXECUTED", "Order", "Problem", "Role", "Rounding", "Start", "Step", "StepKind", "TensorView", "add",
     "backend_names", "cast", "execution_of", "find_backend", "mul",
 ]
 
@@ -119,7 +119,7 @@ EXECUTIONS = ("executed", "emulated", "compiled")
 """Where the arithmetic of a backend happens, the most that can be said first."""
 
 
-NEVER_EXECUTED = "compiled, not executed on this machine"
+NOT_EXECUTED = "compiled, not executed on this machine"
 """What is said of every problem of a backend that cannot run where it is judged; its reasons begin with these words."""
 
 

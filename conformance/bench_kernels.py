@@ -24,7 +24,7 @@ import numpy as np
 from lowbit.references.formats import INT4, INT8, INT32, UINT4, Codes, container
 from lowbit.references.rounding import encode
 
-from .backend import NEVER_EXECUTED, BackendError, TensorView, execution_of, tactics_of
+from .backend import NOT_EXECUTED, BackendError, TensorView, execution_of, tactics_of
 from .bench_device import GRAPH_MS, Recording
 from .bench_figures import Row
 from .case import Problem, Stream, dims_text
@@ -215,7 +215,7 @@ def _operands(watch: Watch, tensors: Iterable[ResolvedTensor], problem: Problem,
 def device_of(backend: Any) -> str:
     """Name of the device that a backend is timed on. Raises BackendError where it does not run on an accelerator here."""
     if execution_of(backend) == "compiled":
-        raise BackendError(f"bench {backend.name}: {NEVER_EXECUTED}; kernels are timed on the device that they are built for")
+        raise BackendError(f"bench {backend.name}: {NOT_EXECUTED}; kernels are timed on the device that they are built for")
     place = str(getattr(backend, "device", "host"))
     if place in ("host", "cpu"):
         raise BackendError(f"bench {backend.name}: it computes on the host here; kernels are timed on an accelerator")

@@ -30,7 +30,7 @@ from rich.text import Text
 from . import report as reports
 from . import waivers as waivers_room
 from .audit_table import headline
-from .backend import EXECUTIONS, NEVER_EXECUTED, BackendError, backend_names, describe, execution_of, find_backend
+from .backend import EXECUTIONS, NOT_EXECUTED, BackendError, backend_names, describe, execution_of, find_backend
 from .exit_codes import ExitCode
 from .op import DomainError
 from .ops import ops
@@ -175,7 +175,7 @@ def _about(name: str) -> tuple[str, str]:
         execution = execution_of(backend)
     except Exception as error:  # a device that is there and does not start says so here
         return str(backend.target), f"{type(error).__name__}: {error}"
-    return str(backend.target), {"executed": "ready", "emulated": "ready, emulated", "compiled": NEVER_EXECUTED}[execution]
+    return str(backend.target), {"executed": "ready", "emulated": "ready, emulated", "compiled": NOT_EXECUTED}[execution]
 
 
 # certify -------------------------------------------------------------------------------------------------------------
@@ -395,7 +395,7 @@ def _end(result: reports.Report, require_device: bool) -> None:
     if failed or owed:
         raise Stop(ExitCode.FAILED, "; ".join(owed))
     whole = result.run.shard == (1, 1)
-    if whole and reports.where_executed(result.verdicts) == NEVER_EXECUTED:
+    if whole and reports.where_executed(result.verdicts) == NOT_EXECUTED:
         reason = next(verdict.reason for verdict in result.verdicts)
         raise Stop(ExitCode.NOTHING_TO_CERTIFY, f"{result.subject.name}: {reason}")
     if whole and all(verdict.status is Status.UNSUPPORTED for verdict in result.verdicts if verdict.lane != "reject"):
@@ -441,11 +441,11 @@ def run_(
         kept = bundles.record(case, backend, shown.tactic, bundle, timeout=timeout, failing=shown.status in FAILING)
         if kept is None:
             said = f"no bundle: run again {bundles.ATTEMPTS} times the case passed; the kernel does not repeat its bits"
-            _out.print(said, markup=False)
+        elif kept.batch or kept.output_sha256 == shown.output_sha256:
+            said = f"bundle: {bundle}"
         else:
-            _out.print(f"bundle: {bundle}", markup=False)
-        if kept is not None and not kept.batch and kept.output_sha256 != shown.output_sha256:
-            _out.print("  of a second run, whose bits are not those judged above: the kernel does not repeat them", markup=False)
+            said = f"bundle: {bundle}\n  of a second run, whose bits are not those judged above: the kernel does not repeat them"
+        _out.print(said, markup=False)
     _end_verdicts(found)
 
 

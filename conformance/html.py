@@ -21,7 +21,7 @@ from jinja2 import Environment, StrictUndefined
 
 from .audit_readings import FIELDS
 from .audit_table import HEADS, headline, name_of, row_of, unread
-from .backend import NEVER_EXECUTED
+from .backend import NOT_EXECUTED
 from .case import Case
 from .report import AS_CONTRACT, CONSISTENT, REFUTED, CodeCoverage, Report, op_of, sentence, shortened, where_executed
 from .verdict import FAILING, PASSING, Status, Verdict
@@ -317,7 +317,7 @@ def _summary(report: Report) -> str:
     failing = sum(row.failing for row in report.counts)
     where = where_executed(report.verdicts)
     if report.level_granted is None:
-        if where == NEVER_EXECUTED:
+        if where == NOT_EXECUTED:
             return f"No level is granted: {where}."
         why = shortened(report.run, report.level_requested) or "see the reasons below"
         why = f"{failing:,} of {report.totals.selected:,} verdicts fail" if failing else why

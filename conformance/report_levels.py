@@ -13,7 +13,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import fields
 from typing import Literal
 
-from .backend import NEVER_EXECUTED
+from .backend import NOT_EXECUTED
 from .power import blind, power_of, supplied
 from .report_records import AS_CONTRACT, JUDGED, LEVELS, Claim, Failure, Level, LevelResult, OpCounts, Run, Totals
 from .selection import DRAWN_LANES, LEAST, PER_OP, REPEATS, class_lanes
@@ -226,7 +226,7 @@ def where_executed(verdicts: Iterable[Verdict]) -> str:
     that cannot run here `compiled, never executed on a device`."""
     verdicts = list(verdicts)
     if verdicts and all(verdict.execution is Execution.COMPILED for verdict in verdicts):
-        return NEVER_EXECUTED
+        return NOT_EXECUTED
     seen = {verdict.execution for verdict in computed(verdicts) if verdict.status in PASSING}
     if not seen:
         return "nothing passed"

@@ -20,7 +20,7 @@ from lowbit.references.interpret import ProgramError
 from . import audit_findings, properties, report, stability, tensors, vectors, waivers
 from .audit_probes import PATTERNS as AUDITS
 from .audit_probes import Probed, battery, check_room, probe_operands, probed, problems, subject_of
-from .backend import NEVER_EXECUTED
+from .backend import NOT_EXECUTED
 from .bounds import accumulator_bits, check_declaration, gemm_expect, power, restrict, sample_of
 from .case import Case, Operands, Problem
 from .op import DomainError, Expectation, Op, parse_case, parse_problem, tensors_of
@@ -191,7 +191,7 @@ class Session:
         """The verdicts of one listed case, one per tactic."""
         op = ops()[item.case.problem.op]
         if self.execution is Execution.COMPILED:
-            reason = support if isinstance(support, str) and support.startswith(NEVER_EXECUTED) else NEVER_EXECUTED
+            reason = support if isinstance(support, str) and support.startswith(NOT_EXECUTED) else NOT_EXECUTED
             yield self._verdict(item, "default", Status.UNSUPPORTED, reason)
             return
         if item.lane == "reject":

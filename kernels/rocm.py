@@ -22,7 +22,7 @@ from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from lowbit.conformance.backend import EXECUTIONS, NEVER_EXECUTED, Declaration, Problem, TensorView
+from lowbit.conformance.backend import EXECUTIONS, NOT_EXECUTED, Declaration, Problem, TensorView
 
 from .rocm_room.devices import ASSUMED, CHIPS, DeviceFault, Query, Sight, emulated, look, too_large, why_compiled
 from .triton import MODULES
@@ -186,7 +186,7 @@ def main() -> None:
             print(f"{chip}: {fault}")
             continue
         where = {"executed": f"executed on {chip}", "emulated": "emulated by Triton's CPU interpreter"}.get(
-            execution, f"{NEVER_EXECUTED}: {sight.absence}")
+            execution, f"{NOT_EXECUTED}: {sight.absence}")
         for op in OPS:
             print(f"{op} for {chip}: {where}")
         for name, text in found.describe().items():

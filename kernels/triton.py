@@ -26,7 +26,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from lowbit.conformance.backend import NEVER_EXECUTED, Declaration, Problem, TensorView
+from lowbit.conformance.backend import NOT_EXECUTED, Declaration, Problem, TensorView
 
 from .triton_room.machine import INTERPRETER, MACHINES, Machine, interpreted
 
@@ -159,7 +159,7 @@ class Triton:
             return f"the triton backend has no kernel for {problem.op!r}; it computes {', '.join(MODULES)}"
         place = self._place()
         if place.machine is None:
-            return f"{NEVER_EXECUTED}: {place.reason}"
+            return f"{NOT_EXECUTED}: {place.reason}"
         module = _module(problem.op)
         if self.mutant and self.mutant not in module.MUTANTS:
             return f"{problem.op} has no mutant {self.mutant!r}; it has {', '.join(module.MUTANTS) or 'none'}"

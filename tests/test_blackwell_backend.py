@@ -23,7 +23,7 @@ import pytest
 import torch
 
 from lowbit.conformance import cli
-from lowbit.conformance.backend import NEVER_EXECUTED, Declaration, Problem, TensorView
+from lowbit.conformance.backend import NOT_EXECUTED, Declaration, Problem, TensorView
 from lowbit.conformance.bounds import check_declaration
 from lowbit.conformance.case import Operands, Tensor
 from lowbit.conformance.op import Role, outside_domain, parse_case, parse_problem, tensors_of
@@ -147,7 +147,7 @@ def test_without_a_device_nothing_is_claimed() -> None:
         for problem in (PLAIN, SVDQUANT, problem_of("gemm_w8a8_fp8/scaled/m9n64k512/f32")):
             said = found.supports(problem)
             assert said is not None
-            assert said.startswith(NEVER_EXECUTED)
+            assert said.startswith(NOT_EXECUTED)
             assert words in said
 
 
@@ -212,7 +212,7 @@ def test_refuses_what_the_kernel_cannot_do() -> None:
         said = found.supports(problem)
         assert said is not None
         assert words in said
-        assert not said.startswith(NEVER_EXECUTED)
+        assert not said.startswith(NOT_EXECUTED)
 
 
 def test_tactics_are_the_instances_and_the_twin() -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from lowbit.conformance import cli, report
-from lowbit.conformance.backend import NEVER_EXECUTED, BackendError, execution_of
+from lowbit.conformance.backend import NOT_EXECUTED, BackendError, execution_of
 from lowbit.conformance.bundle import record, replay
 from lowbit.conformance.exit_codes import ExitCode
 from lowbit.conformance.html import page
@@ -82,16 +82,16 @@ def test_a_replayed_bundle_bears_it_too(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("reason", "said"), [
-    ("None", NEVER_EXECUTED), ('"not mine"', NEVER_EXECUTED),
-    (f'"{NEVER_EXECUTED}: no device of capability 10.x"', f"{NEVER_EXECUTED}: no device of capability 10.x"),
+    ("None", NOT_EXECUTED), ('"not mine"', NOT_EXECUTED),
+    (f'"{NOT_EXECUTED}: no device of capability 10.x"', f"{NOT_EXECUTED}: no device of capability 10.x"),
 ])
 def test_what_was_only_compiled_is_unsupported_and_says_so(tmp_path: Path, reason: str, said: str) -> None:
     found = certify(Plan(backend_file(tmp_path, "compiled", reason), 2, ("gemm_w4a8_int8",), per_op=2))
     assert {(v.status, v.reason, v.execution) for v in found.verdicts} == {(Status.UNSUPPORTED, said, Execution.COMPILED)}
     assert found.level_granted is None
-    assert report.where_executed(found.verdicts) == NEVER_EXECUTED
+    assert report.where_executed(found.verdicts) == NOT_EXECUTED
     assert [(row.op, row.compiled) for row in found.counts] == [("gemm_w4a8_int8", len(found.verdicts))]
-    assert f"No level is granted: {NEVER_EXECUTED}." in page(found)
+    assert f"No level is granted: {NOT_EXECUTED}." in page(found)
 
 
 def test_the_command_ends_with_the_reason(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -100,8 +100,8 @@ def test_the_command_ends_with_the_reason(tmp_path: Path, capfd: pytest.CaptureF
     out, err = capfd.readouterr()
     contract = report.load(tmp_path / "out" / "report.json").contract
     assert code == ExitCode.NOTHING_TO_CERTIFY
-    assert f"said: {NEVER_EXECUTED}" in err
-    assert f"no level granted, contract {contract}, {NEVER_EXECUTED}" in out
+    assert f"said: {NOT_EXECUTED}" in err
+    assert f"no level granted, contract {contract}, {NOT_EXECUTED}" in out
 
 
 @pytest.mark.parametrize(("backends", "chosen"), [
@@ -125,7 +125,7 @@ def test_a_device_that_does_not_start_is_an_error_and_no_fallback(registered: Ca
 
 
 @pytest.mark.parametrize(("execution", "status"), [
-    ("executed", "ready"), ("emulated", "ready, emulated"), ("compiled", NEVER_EXECUTED),
+    ("executed", "ready"), ("emulated", "ready, emulated"), ("compiled", NOT_EXECUTED),
 ])
 def test_the_list_says_it(registered: Callable[..., None], execution: str, status: str) -> None:
     registered(a=Fake("t", execution))

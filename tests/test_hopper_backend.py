@@ -22,7 +22,7 @@ import torch
 from torch._subclasses import FakeTensorMode
 
 from lowbit.conformance import cli
-from lowbit.conformance.backend import EXACT_BITS, NEVER_EXECUTED, Problem
+from lowbit.conformance.backend import EXACT_BITS, NOT_EXECUTED, Problem
 from lowbit.conformance.bounds import check_declaration
 from lowbit.conformance.op import Role, make_problem, outside_domain, parse_problem, tensors_of
 from lowbit.conformance.ops import ops
@@ -63,8 +63,8 @@ def test_the_capability_decides_what_is_said(devices: tuple[Device, ...], execut
 
 
 @pytest.mark.parametrize(("devices", "sentence"), [
-    ((), f"{NEVER_EXECUTED}: torch 2.13.0 sees no CUDA device"),
-    ((B200, L4), f"{NEVER_EXECUTED}: needs compute capability 9.0, found NVIDIA B200 (10.0), NVIDIA L4 (8.9)"),
+    ((), f"{NOT_EXECUTED}: torch 2.13.0 sees no CUDA device"),
+    ((B200, L4), f"{NOT_EXECUTED}: needs compute capability 9.0, found NVIDIA B200 (10.0), NVIDIA L4 (8.9)"),
 ], ids=("none", "others"))
 def test_without_a_device_every_problem_is_refused_with_the_same_sentence(devices: tuple[Device, ...], sentence: str) -> None:
     for text in ("fp8_quantize/token/m4k64p0/bf16", "gemm_nvfp4/plain/m33n64k96r0/bf16"):
@@ -106,7 +106,7 @@ def test_certify_without_a_device_grants_nothing(tmp_path: Path, capsys: pytest.
     with pytest.raises(SystemExit):
         cli.main([*arguments, "--out", str(tmp_path / "out")])
     said = capsys.readouterr()
-    assert NEVER_EXECUTED in " ".join((said.out + said.err).split())
+    assert NOT_EXECUTED in " ".join((said.out + said.err).split())
     assert "granted" not in said.out.split("no level granted")[-1]
 
 

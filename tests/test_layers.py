@@ -41,6 +41,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("lowbit.conformance.report_files", "lowbit.conformance.report_comparison"),
     ("lowbit.conformance.report",),
     ("lowbit.conformance.worker_messages",),
+    ("lowbit.conformance.code_digest",),
     ("lowbit.conformance.worker_process",),
     ("lowbit.conformance.worker",),
     # lanes whose problems or operands do not come from the selection alone

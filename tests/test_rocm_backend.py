@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 from lowbit.conformance import cli
-from lowbit.conformance.backend import DATAPATHS, NEVER_EXECUTED
+from lowbit.conformance.backend import DATAPATHS, NOT_EXECUTED
 from lowbit.conformance.op import outside_domain, parse_case, parse_problem
 from lowbit.conformance.ops import ops
 from lowbit.kernels import rocm
@@ -130,9 +130,9 @@ def test_gfx950_refuses_the_tiles_that_do_not_fit_it() -> None:
 
 def test_without_a_chip_every_problem_is_refused_with_what_to_try() -> None:
     found = Rocm(query=lambda: Sight(absence="torch sees no device; TRITON_INTERPRET=1 runs the kernels on the CPU"))
-    assert found.supports(GEMM) == f"{NEVER_EXECUTED}: torch sees no device; TRITON_INTERPRET=1 runs the kernels on the CPU"
+    assert found.supports(GEMM) == f"{NOT_EXECUTED}: torch sees no device; TRITON_INTERPRET=1 runs the kernels on the CPU"
     other = Rocm("gfx950", query=lambda: Sight(chip="gfx942"))
-    assert other.supports(GEMM) == f"{NEVER_EXECUTED}: asked for gfx950, found gfx942"
+    assert other.supports(GEMM) == f"{NOT_EXECUTED}: asked for gfx950, found gfx942"
     nvfp4 = parse_problem("gemm_nvfp4/plain/m4n16k64r0/bf16", ops())
     assert "has no kernel for 'gemm_nvfp4'" in str(found.supports(nvfp4))
 
@@ -161,8 +161,8 @@ def test_importing_the_door_loads_no_framework() -> None:
 @pytest.mark.parametrize(("sight", "words"), [
     (Sight(interpreter=True), "fp8_quantize for gfx950: emulated by Triton's CPU interpreter"),
     (Sight(chip="gfx942"), "gemm_w8a8_fp8 for gfx942: executed on gfx942"),
-    (Sight(chip="gfx942"), f"gemm_w8a8_fp8 for gfx950: {NEVER_EXECUTED}: asked for gfx950, found gfx942"),
-    (Sight(absence="nothing"), f"gemm_w4a16 for gfx942: {NEVER_EXECUTED}: nothing"), (Sight(fault="broken"), "gfx942: broken"),
+    (Sight(chip="gfx942"), f"gemm_w8a8_fp8 for gfx950: {NOT_EXECUTED}: asked for gfx950, found gfx942"),
+    (Sight(absence="nothing"), f"gemm_w4a16 for gfx942: {NOT_EXECUTED}: nothing"), (Sight(fault="broken"), "gfx942: broken"),
 ], ids=str)
 def test_the_program_says_per_chip_and_op_where_it_is_computed(
     sight: Sight, words: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],

@@ -17,7 +17,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from lowbit.conformance.backend import DATAPATHS, NEVER_EXECUTED, Backend, Order, Problem, execution_of
+from lowbit.conformance.backend import DATAPATHS, NOT_EXECUTED, Backend, Order, Problem, execution_of
 from lowbit.conformance.op import make_problem
 from lowbit.conformance.ops import ops
 from lowbit.kernels import triton as door
@@ -74,7 +74,7 @@ def test_it_is_a_backend_of_the_target_cuda() -> None:
 @pytest.mark.parametrize("op", ["nvfp4_quantize", "svdquant_quantize", "scale_swizzle", "fp8_requantize"])
 def test_where_nothing_runs_every_problem_is_refused_with_the_reason(op: str) -> None:
     reason = NOTHING.supports(problem(op))
-    assert reason == f"{NEVER_EXECUTED}: triton and torch cannot be imported here"
+    assert reason == f"{NOT_EXECUTED}: triton and torch cannot be imported here"
 
 
 def test_an_op_without_a_kernel_is_refused_by_name() -> None:
@@ -171,7 +171,7 @@ def test_another_capability_is_compiled_and_named() -> None:
     found = door.Triton(query=lambda: place)
     assert execution_of(found) == "compiled"
     reason = found.supports(problem("gemm_w4a16"))
-    assert reason == f"{NEVER_EXECUTED}: needs compute capability {known}, found some GPU (10.0)"
+    assert reason == f"{NOT_EXECUTED}: needs compute capability {known}, found some GPU (10.0)"
 
 
 def test_making_the_backend_looks_at_no_device(looked: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from lowbit.conformance import cli
-from lowbit.conformance.backend import NEVER_EXECUTED, Claim
+from lowbit.conformance.backend import NOT_EXECUTED, Claim
 from lowbit.conformance.bounds import check_declaration
 from lowbit.conformance.op import outside_domain, parse_case, parse_problem
 from lowbit.conformance.ops import ops
@@ -91,7 +91,7 @@ def test_without_opencl_every_problem_is_refused_with_what_to_install() -> None:
     found = Xpu(query=lambda: Sight(absence=f"pyopencl does not import; {opencl.INSTALL}"))
     reason = found.supports(GEMM)
     assert reason is not None
-    assert reason.startswith(f"{NEVER_EXECUTED}: pyopencl does not import; install the wheel pyopencl and an OpenCL runtime")
+    assert reason.startswith(f"{NOT_EXECUTED}: pyopencl does not import; install the wheel pyopencl and an OpenCL runtime")
 
 
 def test_the_argument_is_cpu_or_nothing() -> None:
@@ -108,7 +108,7 @@ def test_importing_the_door_loads_neither_opencl_nor_torch() -> None:
 
 @pytest.mark.parametrize(("sight", "words"), [
     (Sight(cpu=POCL), "gemm_w4a8_int8: emulated on pthread"), (Sight(gpu=ARC), "int4_pack: executed on Arc"),
-    (Sight(absence="there is no OpenCL platform"), f"int8_quantize: {NEVER_EXECUTED}: there is no OpenCL platform"),
+    (Sight(absence="there is no OpenCL platform"), f"int8_quantize: {NOT_EXECUTED}: there is no OpenCL platform"),
 ], ids=("cpu", "gpu", "none"))
 def test_the_program_says_per_op_where_it_is_computed(
     sight: Sight, words: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],

@@ -8,8 +8,8 @@ from __future__ import annotations
 from typing import Any
 
 from ..backend import describe, execution_of
+from ..code_digest import attributes_of, code_digest
 from ..worker_messages import BY_FILE
-from ..worker_process import attributes_of, code_digest
 
 __all__ = ["about", "code_digest", "identity", "same_backend"]
 

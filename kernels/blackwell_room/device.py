@@ -13,7 +13,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from lowbit.conformance.backend import NEVER_EXECUTED
+from lowbit.conformance.backend import NOT_EXECUTED
 
 __all__ = ["MAJOR", "Device", "DeviceFault", "Query", "Sight", "chosen", "look", "look_through", "why_compiled"]
 
@@ -92,7 +92,7 @@ def chosen(sight: Sight) -> Device | None:
 
 
 def why_compiled(sight: Sight) -> str:
-    """The sentence for a machine without such a device: `NEVER_EXECUTED`, then what was found."""
+    """The sentence for a machine without such a device: `NOT_EXECUTED`, then what was found."""
     others = ", ".join(f"{device.name} ({device.capability[0]}.{device.capability[1]})" for device in sight.devices)
     found = f"needs compute capability {MAJOR}.x, found {others}" if others else sight.absence
-    return f"{NEVER_EXECUTED}: {found}"
+    return f"{NOT_EXECUTED}: {found}"

@@ -11,7 +11,7 @@ from functools import cache
 from importlib import import_module
 from typing import Any
 
-from lowbit.conformance.backend import NEVER_EXECUTED
+from lowbit.conformance.backend import NOT_EXECUTED
 
 from ..blackwell_room.device import Device, DeviceFault, Query, Sight, look
 
@@ -32,10 +32,10 @@ def chosen(sight: Sight) -> Device | None:
 
 
 def why_compiled(sight: Sight) -> str:
-    """The sentence for a machine without such a device: `NEVER_EXECUTED`, then what was found."""
+    """The sentence for a machine without such a device: `NOT_EXECUTED`, then what was found."""
     others = ", ".join(f"{device.name} ({device.capability[0]}.{device.capability[1]})" for device in sight.devices)
     found = f"needs compute capability 9.0, found {others}" if others else sight.absence
-    return f"{NEVER_EXECUTED}: {found}"
+    return f"{NOT_EXECUTED}: {found}"
 
 
 @cache

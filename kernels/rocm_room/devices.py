@@ -15,7 +15,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from lowbit.conformance.backend import NEVER_EXECUTED, Problem
+from lowbit.conformance.backend import NOT_EXECUTED, Problem
 from lowbit.kernels.triton_room.machine import INTERPRETER, Machine, interpreted
 
 __all__ = ["ASSUMED", "CHIPS", "Chip", "DeviceFault", "Query", "Sight", "emulated", "look", "look_through", "too_large",
@@ -121,5 +121,5 @@ def look() -> Sight:
 
 
 def why_compiled(sight: Sight) -> str:
-    """The sentence for a process in which nothing runs: `NEVER_EXECUTED`, then what was found."""
-    return f"{NEVER_EXECUTED}: {sight.absence}"
+    """The sentence for a process in which nothing runs: `NOT_EXECUTED`, then what was found."""
+    return f"{NOT_EXECUTED}: {sight.absence}"

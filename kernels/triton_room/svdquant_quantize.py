@@ -539,9 +539,8 @@ def svdquant_quantize(
         RULE=INT4_RULES[False, recipe] if variant == "int4" else 0, **flags(record), SIZE=size, FAST=int(recipe != "nunchaku"),
         NATIVE=int(matrix_unit), LORA_SMOOTHED=int(lora_smoothed), WRAP=int(mutant == "offsets_wrap"),
         PTX=_dialect(machine or here()) if native else 0, EVEN=int(part % tile.depth == 0 and r % tile.ranks == 0), GROUP=256,
-        ROWS=tile.rows,
-        RANKS=tile.ranks, DEPTH=tile.depth, HEIGHT=tile.height, WIDTH=tile.width, num_warps=tile.warps, num_stages=tile.stages,
-        maxnreg=tile.registers, **OPTIONS,
+        ROWS=tile.rows, RANKS=tile.ranks, DEPTH=tile.depth, HEIGHT=tile.height, WIDTH=tile.width, num_warps=tile.warps,
+        num_stages=tile.stages, maxnreg=tile.registers, **OPTIONS,
     )
     if splits > 1:
         sum_of_parts_kernel[(triton.cdiv(rows * r, 1024),)](

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from lowbit.conformance.backend import NEVER_EXECUTED
+from lowbit.conformance.backend import NOT_EXECUTED
 
 __all__ = [
     "INSTALL", "KERNELS", "OPTIONS", "Buffer", "DeviceFault", "Place", "Query", "Sight", "chosen", "look", "opened", "over",
@@ -120,8 +120,8 @@ def chosen(sight: Sight, argument: str) -> Any:
 
 
 def why_compiled(sight: Sight) -> str:
-    """The sentence for a machine without OpenCL: `NEVER_EXECUTED`, then what was found and what to install."""
-    return f"{NEVER_EXECUTED}: {sight.absence or 'OpenCL offers no CPU'}"
+    """The sentence for a machine without OpenCL: `NOT_EXECUTED`, then what was found and what to install."""
+    return f"{NOT_EXECUTED}: {sight.absence or 'OpenCL offers no CPU'}"
 
 
 def program_text(file: str) -> str:

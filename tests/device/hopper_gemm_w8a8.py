@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from lowbit.conformance.backend import NEVER_EXECUTED, Problem
+from lowbit.conformance.backend import NOT_EXECUTED, Problem
 from lowbit.kernels.hopper_room import build, gemm_w8a8
 from lowbit.references import cuda_dot
 from lowbit.references.datapaths import DATAPATHS
@@ -44,7 +44,7 @@ class _Only:
     @staticmethod
     def supports(problem: Problem) -> str | None:
         if not torch.cuda.is_available():
-            return f"{NEVER_EXECUTED}: no CUDA device here"
+            return f"{NOT_EXECUTED}: no CUDA device here"
         return gemm_w8a8.unsupported(problem) if problem.op in gemm_w8a8.OPS else "only gemm_w8a8_fp8"
 
 

@@ -26,7 +26,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from lowbit.conformance.backend import INT8, NEVER_EXECUTED, Problem, Role, TensorView
+from lowbit.conformance.backend import INT8, NOT_EXECUTED, Problem, Role, TensorView
 from lowbit.conformance.op import parse_problem, tensors_of
 from lowbit.conformance.ops import ops
 from lowbit.kernels.rocm_room import skinny_fp8
@@ -220,7 +220,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             lacking = complaints(kind, chip, recorder.made)
             for one in {id(one): one for one in recorder.made}.values():
                 opcodes = sorted(set(re.findall(r"v_mfma\w+", one.assembly)))
-                said = f"FAILED {'; '.join(lacking)}" if lacking else NEVER_EXECUTED
+                said = f"FAILED {'; '.join(lacking)}" if lacking else NOT_EXECUTED
                 print(f"{text} for {chip}: {one.kernel}, hsaco of {one.binary} bytes, {', '.join(opcodes) or 'no mfma'}; {said}")
                 records.append({"problem": text, "chip": chip, "kernel": one.kernel, "opcodes": opcodes, "lacking": lacking,
                                 "unit": one.fixed.get("UNIT", one.fixed.get("NATIVE"))})

@@ -22,7 +22,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from lowbit.conformance.backend import NEVER_EXECUTED
+from lowbit.conformance.backend import NOT_EXECUTED
 from lowbit.kernels import xpu_room
 from lowbit.kernels.xpu_room.opencl import OPTIONS
 
@@ -138,7 +138,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for chip in CHIPS:
             code = assembly(ocloc, text, chip, build.defines)
             found[f"{build.name} for {chip}"] = lacking = complaints(build, code)
-            said = "FAILED " + "; ".join(lacking) if lacking else NEVER_EXECUTED
+            said = "FAILED " + "; ".join(lacking) if lacking else NOT_EXECUTED
             count = len(re.findall(r"\bdp4a\b", code))
             print(f"{build.name} for {chip}: {len(instructions(code))} instructions, {count} dp4a; {said}")
     if given.json:
