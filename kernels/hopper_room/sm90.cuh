@@ -117,6 +117,22 @@ DEVICE void send(uint32_t there, float x, float y, float z, float w, uint32_t ba
                : "memory");
 }
 
+// Sixteen bytes of global memory past the caches of one multiprocessor: what is stored is there for all of them once a fence has
+// passed, what is loaded is no older.
+DEVICE void store_device(float4* to, float4 value) {
+  asm volatile("st.relaxed.gpu.global.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(to), "f"(value.x), "f"(value.y), "f"(value.z),
+               "f"(value.w)
+               : "memory");
+}
+DEVICE float4 load_device(const float4* from) {
+  float4 value;
+  asm volatile("ld.relaxed.gpu.global.v4.f32 {%0, %1, %2, %3}, [%4];"
+               : "=f"(value.x), "=f"(value.y), "=f"(value.z), "=f"(value.w)
+               : "l"(from)
+               : "memory");
+  return value;
+}
+
 // Programmatic launches: what follows `launch_wait` sees all that the kernel before on the stream wrote.
 DEVICE void launch_wait() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 DEVICE void launch_next() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
