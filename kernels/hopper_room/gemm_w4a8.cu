@@ -27,28 +27,35 @@ constexpr int PARTS = SPLITS * HALVES;    // of K
 constexpr int BLOCKS = SPLITS * CLUSTER;  // of a cluster
 constexpr int WARPGROUPS = BANDS * HALVES;
 constexpr int THREADS = (WARPGROUPS + 1) * 128;
-constexpr int REGISTERS = WARPGROUPS == 2 ? 224 : WARPGROUPS == 3 ? 152 : TOKENS < 128 ? 104 : 112;
-constexpr int COPYING = WARPGROUPS == 2 ? 56 : WARPGROUPS == 3 ? 40 : TOKENS < 128 ? 56 : 32;  // of the copying warpgroup
+constexpr bool MANY = SUMS * (1 + EXACT) >= 64;  // registers that hold sums
+constexpr int REGISTERS = WARPGROUPS == 2 ? 224 : WARPGROUPS == 3 ? 152 : MANY ? 112 : 104;
+constexpr int COPYING = WARPGROUPS == 2 ? 56 : WARPGROUPS == 3 ? 40 : MANY ? 32 : 56;  // registers of the copying warpgroup
 constexpr int OVERLAP = TOKENS < 256;                       // a launch may begin while the one before on the stream ends
 constexpr int EIGHTS = (TOKENS / 8 + SPLITS - 1) / SPLITS;  // groups of eight tokens that a block adds up and stores
 constexpr int SENT = PARTS > 1 ? EIGHTS * 2048 : 0;         // bytes of sums that a warpgroup sends to one block
+constexpr bool AHEAD = STAGES > 4;                           // a stage is waited for a block before it is read
+constexpr int TABLES = EXACT ? 32 : 256;                    // one per lane, or one per scale
 
 constexpr int AT_A = 0;
 constexpr int AT_W = AT_A + STAGES * HALVES * TILE_BYTES;
 constexpr int AT_TABLE = AT_W + STAGES * HALVES * BANDS * BLOCK_BYTES;
-constexpr int AT_EPILOGUE = (AT_TABLE + (EXACT ? 0 : 4096) + 127) / 128 * 128;
+constexpr int AT_EPILOGUE = (AT_TABLE + 16 * TABLES + 127) / 128 * 128;
 constexpr int AT_SUMS = AT_EPILOGUE + EPILOGUE_BYTES;
 constexpr int AT_BARRIERS = AT_SUMS + BANDS * (PARTS - 1) * SENT;
 constexpr int SHARED_BYTES = AT_BARRIERS + 8 * (2 * STAGES + 2 * BANDS);
 static_assert(SHARED_BYTES <= 232448, "a block has 227 KB");
 static_assert(CLUSTER == 1 || (PARTS == 1 && TOKENS % (8 * CLUSTER) == 0), "blocks share A or K, and copy whole groups of rows");
 static_assert(!STREAM || PARTS == 1, "K is cut in one way");
+static_assert(AHEAD || !EXACT, "sums of groups wait for no stage");
 
 // Eight weights of a word to e4m3: low holds k = 0 to 3 of the thread, high those 16 further. table: bytes of 0 to 7, of -8 to
-// -1.
-DEVICE void expand(uint32_t word, const uint4& table, uint32_t& low, uint32_t& high) {
-  const uint32_t places = word & 0x77777777u, shifted = word << 4, second = places >> 16;
+// -1. half: 2^16, which the compiler does not know: a shift would run where nearly all of this runs, a product runs elsewhere.
+DEVICE void expand(uint32_t word, const uint4& table, uint32_t half, uint32_t& low, uint32_t& high) {
+  const uint32_t places = word & 0x77777777u, shifted = word << 4;
+  uint64_t wide;
   uint32_t mask, next, positive, negative;  // masks: bytes of ones where the value is not negative
+  asm("mul.wide.u32 %0, %1, %2;" : "=l"(wide) : "r"(places), "r"(half));
+  const uint32_t second = (uint32_t)(wide >> 32);
   asm("prmt.b32 %0, %1, %2, 0xd9c8;" : "=r"(mask) : "r"(shifted), "r"(word));
   asm("prmt.b32 %0, %1, %2, 0xfbea;" : "=r"(next) : "r"(shifted), "r"(word));
   asm("prmt.b32 %0, %1, %2, %3;" : "=r"(positive) : "r"(table.x), "r"(table.y), "r"(places));
@@ -62,6 +69,8 @@ DEVICE void expand(uint32_t word, const uint4& table, uint32_t& low, uint32_t& h
 #if EXACT
 // e4m3 codes of 0 to 7 and of -8 to -1
 constexpr uint4 INTEGERS = {0x44403800u, 0x4E4C4A48u, 0xCACCCED0u, 0xB8C0C4C8u};
+
+DEVICE uint4 table_of(uint32_t) { return INTEGERS; }
 
 DEVICE float scale_value(uint32_t code) {
   const __half_raw raw = __nv_cvt_fp8_to_halfraw((__nv_fp8_storage_t)code, __NV_E4M3);
@@ -195,11 +204,11 @@ struct Words {
 };
 
 // 64 k of a warpgroup as A fragments of two instructions.
-DEVICE void expand(const uint4& words, const uint4& upper, const uint4& lower, uint32_t (&a)[8]) {
-  expand(words.x, upper, a[0], a[2]);
-  expand(words.y, lower, a[1], a[3]);
-  expand(words.z, upper, a[4], a[6]);
-  expand(words.w, lower, a[5], a[7]);
+DEVICE void expand(const uint4& words, const uint4& upper, const uint4& lower, uint32_t half, uint32_t (&a)[8]) {
+  expand(words.x, upper, half, a[0], a[2]);
+  expand(words.y, lower, half, a[1], a[3]);
+  expand(words.z, upper, half, a[4], a[6]);
+  expand(words.w, lower, half, a[5], a[7]);
   sm90::pin(a);
 }
 
@@ -213,6 +222,7 @@ DEVICE void issue(float (&sums)[SUMS], const uint32_t (&a)[8], uint64_t b, int a
 
 struct Crew {  // a warpgroup: its band of 64 rows, which part of K of those that the block has
   int band, half;
+  uint32_t half_word;  // for `expand`
   DEVICE const uint8_t* words(const uint8_t* memory, int stage) const {
     return memory + AT_W + ((stage * HALVES + half) * BANDS + band) * BLOCK_BYTES;
   }
@@ -222,9 +232,9 @@ struct Crew {  // a warpgroup: its band of 64 rows, which part of K of those tha
 };
 
 // One warpgroup's 64 rows by TOKENS over `blocks` blocks of 128 k (at least one); `sums` gets the sum, `at` goes on by as many
-// stages. While products of one half of 128 k run, the other half is expanded and the words of the next block are on their way:
-// its stage was waited for a block ahead, since the compiler keeps products in flight only where nothing branches between the
-// two halves.
+// stages. While products of one half of 128 k run, the other half is expanded. Where stages suffice, the words of the next block
+// are on their way meanwhile: its stage was waited for a block ahead, since the compiler keeps products in flight only where
+// nothing branches between the two halves.
 #if EXACT
 DEVICE void promote(float (&sums)[SUMS], float (&part)[SUMS], uint32_t scales) {
   sm90::pin(part);
@@ -239,7 +249,8 @@ DEVICE void multiply(uint32_t shared, const uint8_t* memory, const Crew& crew, i
   using namespace sm90;
   const uint32_t full = shared + AT_BARRIERS, empty = full + 8 * STAGES;
   float part[SUMS];
-  const uint4 table = INTEGERS;
+  // from memory, where every lane may have another: what is known to be the same would be moved to registers for every use
+  const uint4 table = reinterpret_cast<const uint4*>(memory + AT_TABLE)[thread % 32];
   uint32_t first[8], second[8];
   Words words;
 #pragma unroll
@@ -250,14 +261,14 @@ DEVICE void multiply(uint32_t shared, const uint8_t* memory, const Crew& crew, i
   words.load_front(crew.words(memory, at.stage), thread);
   words.load_back(crew.words(memory, at.stage), thread);
   if (blocks > 1) wait(full + 8 * ahead.stage, ahead.phase);
-  expand(words.front, table, table, first);
+  expand(words.front, table, table, crew.half_word, first);
   for (int left = blocks; left > 0; --left) {
     const uint64_t b = crew.tokens(shared, at.stage);
     const uint8_t* const next = crew.words(memory, ahead.stage);  // behind the last block: read and not used
     const uint32_t scales = words.scales;
     issue(part, first, b, 0);
     words.load_front(next, thread);
-    expand(words.back, table, table, second);
+    expand(words.back, table, table, crew.half_word, second);
     if (GROUP == 64) {
       wgmma_wait<0>();
       promote(sums, part, scales);
@@ -265,13 +276,14 @@ DEVICE void multiply(uint32_t shared, const uint8_t* memory, const Crew& crew, i
     issue(part, second, b + 4, GROUP == 128);
     words.load_back(next, thread);
     wgmma_wait<1>();
-    expand(words.front, table, table, first);
-    wgmma_wait<0>();
-    release(empty, at.stage, thread);
-    promote(sums, part, GROUP == 64 ? scales >> 16 : scales);
+    expand(words.front, table, table, crew.half_word, first);
+    const int done = at.stage;
     at = ahead;
     ahead.next();
-    if (left > 2) wait(full + 8 * ahead.stage, ahead.phase);
+    if (left > 2) wait(full + 8 * ahead.stage, ahead.phase);  // and keeps what was expanded ahead of the next line
+    wgmma_wait<0>();
+    release(empty, done, thread);
+    promote(sums, part, GROUP == 64 ? scales >> 16 : scales);
   }
 }
 #else
@@ -288,25 +300,32 @@ DEVICE void multiply(uint32_t shared, const uint8_t* memory, const Crew& crew, i
   words.load_front(crew.words(memory, at.stage), thread);
   words.load_back(crew.words(memory, at.stage), thread);
   uint4 upper = tables[words.scales & 0xFF], lower = tables[words.scales >> 8 & 0xFF];
-  if (blocks > 1) wait(full + 8 * ahead.stage, ahead.phase);
+  if (AHEAD && blocks > 1) wait(full + 8 * ahead.stage, ahead.phase);
   int held = 0;  // the stage before, which products in flight may still read
   for (int left = blocks; left > 0; --left) {
     const uint64_t b = crew.tokens(shared, at.stage);
     const uint8_t* const next = crew.words(memory, ahead.stage);  // behind the last block: read and not used
     wgmma_wait<1>();  // the first half of the block before is done: its registers are free
-    expand(words.front, upper, lower, first);
+    expand(words.front, upper, lower, crew.half_word, first);
     issue(sums, first, b, left < blocks);
     if (GROUP == 64) upper = tables[words.scales >> 16 & 0xFF], lower = tables[words.scales >> 24];
-    words.load_front(next, thread);
+    if (AHEAD) words.load_front(next, thread);
     wgmma_wait<1>();  // the whole block before is done
     if (left < blocks) release(empty, held, thread);
-    expand(words.back, upper, lower, second);
+    expand(words.back, upper, lower, crew.half_word, second);
     issue(sums, second, b + 4, 1);
-    words.load_back(next, thread);
-    upper = tables[words.scales & 0xFF], lower = tables[words.scales >> 8 & 0xFF];
     held = at.stage, at = ahead;
     ahead.next();
-    if (left > 2) wait(full + 8 * ahead.stage, ahead.phase);
+    if (AHEAD) {
+      words.load_back(next, thread);
+      upper = tables[words.scales & 0xFF], lower = tables[words.scales >> 8 & 0xFF];
+      if (left > 2) wait(full + 8 * ahead.stage, ahead.phase);
+    } else {
+      if (left > 1) wait(full + 8 * at.stage, at.phase);
+      words.load_front(next, thread);
+      words.load_back(next, thread);
+      upper = tables[words.scales & 0xFF], lower = tables[words.scales >> 8 & 0xFF];
+    }
   }
   wgmma_wait<0>();
   pin(sums);
@@ -399,12 +418,11 @@ __global__ void __launch_bounds__(THREADS, 1) gemm(const __grid_constant__ Probl
   } else {
     registers_up<REGISTERS>();
     const int thread = threadIdx.x % 128;
-#if !EXACT
-    for (int i = threadIdx.x - 128; i < 256; i += THREADS - 128) reinterpret_cast<uint4*>(memory + AT_TABLE)[i] = table_of(i);
+    for (int i = threadIdx.x - 128; i < TABLES; i += THREADS - 128) reinterpret_cast<uint4*>(memory + AT_TABLE)[i] = table_of(i);
     sync_threads(1 + BANDS, THREADS - 128);
-#endif
     Crew crew;
     crew.band = (warpgroup - 1) % BANDS, crew.half = HALVES == 1 ? 0 : (warpgroup - 1) / BANDS;
+    crew.half_word = p.half_word;
     const Area area = {shared + AT_EPILOGUE, memory + AT_EPILOGUE};
     launch_wait();
     Ring at;

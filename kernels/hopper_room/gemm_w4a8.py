@@ -110,7 +110,7 @@ def stages(tactic: Tactic, variant: str, group: int) -> int:
     tokens, bands, halves = tactic.tokens, tactic.bands, tactic.halves
     stage = halves * (128 * tokens + bands * (4096 + 64 * (128 // group))) + 16
     epilogue = bands * (128 * max(16, min(32, tokens)) + 4 * tokens + 4)
-    fixed = (0 if _exact(variant) else 4096) + 127 + -(-epilogue // 128) * 128 + 16 * bands
+    fixed = (512 if _exact(variant) else 4096) + 127 + -(-epilogue // 128) * 128 + 16 * bands
     fixed += bands * (tactic.parts - 1) * 2048 * -(-(tokens // 8) // tactic.splits)
     return min(16, (_SHARED - fixed) // stage)
 

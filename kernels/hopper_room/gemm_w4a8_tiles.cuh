@@ -35,6 +35,7 @@ struct Problem {
   unsigned* counters;  // [cut tiles, CLUSTER, BANDS]
   long long stride;    // of D, in elements
   schedule::Deal deal;
+  uint32_t half_word;  // 2^16
   int m, n, k_blocks, n_blocks, experts, half, aligned;
 };
 
@@ -237,7 +238,7 @@ inline Problem problem_of(const void* weights, const void* token_scale, const vo
   p.weights = (const uint8_t*)weights, p.token_scale = (const float*)token_scale, p.channel_scale = (const float*)channel_scale;
   p.bias = (const uint16_t*)bias, p.d = (uint16_t*)d, p.counts = (const int*)counts, p.stride = d_stride;
   p.m = (int)m, p.n = (int)n, p.k_blocks = (int)((k + 127) / 128), p.n_blocks = (int)((n + 63) / 64), p.experts = (int)experts;
-  p.half = half, p.aligned = (uintptr_t)d % 16 == 0 && d_stride % 8 == 0;
+  p.half_word = 1u << 16, p.half = half, p.aligned = (uintptr_t)d % 16 == 0 && d_stride % 8 == 0;
   return p;
 }
 
