@@ -242,24 +242,26 @@ inline Problem problem_of(const void* weights, const void* token_scale, const vo
   return p;
 }
 
-// Clusters of `size` blocks that the device holds at once, at most MOST_BLOCKS blocks; found once per device. `config` has block,
-// shared memory and attributes.
+// Clusters of `size` blocks that the device holds at once, at most MOST_BLOCKS blocks; asked once for a device and its number of
+// multiprocessors. `config` has block, shared memory and attributes.
 template <class Kernel>
 inline cudaError_t resident(int* clusters, Kernel kernel, cudaLaunchConfig_t config, int size) {
-  static int known[64];  // every thread that asks finds the same
+  static int known[64];  // multiprocessors, then 10 bits of clusters: every thread that asks finds the same
   int device = 0, processors = 0;
   cudaError_t error = cudaGetDevice(&device);
   if (error == cudaSuccess) error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
   if (error != cudaSuccess) return error;
-  *clusters = device < 64 ? known[device] : 0;
-  if (*clusters == 0) {
-    config.gridDim = dim3(processors / size * size);
-    error = cudaOccupancyMaxActiveClusters(clusters, kernel, &config);
-    if (error != cudaSuccess) return error;
-    if (*clusters == 0) return cudaErrorLaunchOutOfResources;
-    if (*clusters > MOST_BLOCKS / size) *clusters = MOST_BLOCKS / size;
-    if (device < 64) known[device] = *clusters;
+  const int found = device < 64 ? known[device] : 0;
+  if (found >> 10 == processors) {
+    *clusters = found & 1023;
+    return cudaSuccess;
   }
+  config.gridDim = dim3(processors / size * size);
+  error = cudaOccupancyMaxActiveClusters(clusters, kernel, &config);
+  if (error != cudaSuccess) return error;
+  if (*clusters == 0) return cudaErrorLaunchOutOfResources;
+  if (*clusters > MOST_BLOCKS / size) *clusters = MOST_BLOCKS / size;
+  if (device < 64) known[device] = processors << 10 | *clusters;
   return cudaSuccess;
 }
 
