@@ -1,4 +1,4 @@
-"""How the Hopper room deals out tiles by the block of K: gemm_w4a8_schedule.cuh compiled as C++ and asked for everything it decides.
+"""How the Hopper room deals out tiles by the block of K: gemm_w4a8_schedule.cuh compiled as C++, asked for all that it decides.
 
 What must come out is counted here unit by unit: nothing of the header's arithmetic is used.
 """
@@ -32,7 +32,8 @@ extern "C" int segments(int tiles, int k_blocks, int most, int* workers, int* cu
       const schedule::Segment found = walk.segment();
       const bool whole = found.whole(k_blocks);
       const int first = whole ? worker : deal.first(found.tile), last = whole ? worker : deal.last(found.tile);
-      const int row[] = {worker, found.tile, found.begin, found.end, first, last, whole ? -1 : deal.slot(worker, worker == first)};
+      const int slot = whole ? -1 : deal.slot(worker, worker == first);
+      const int row[] = {worker, found.tile, found.begin, found.end, first, last, slot};
       for (int i = 0; i < 7 && count < room; ++i) rows[7 * count + i] = row[i];
       ++count;
     }

@@ -205,11 +205,11 @@ def declaration(problem: Problem, tactic: str) -> Declaration:
     token scale, channel scale (one FMA with the bias), one cast. The bits depend on the parts of K alone, not on tiles, M or
     other rows.
 
-    Where blocks of K are dealt out, the parts of a tile are those that the number of tiles and of multiprocessors makes: some
-    whole blocks of 128 each. Then the order of k is declared unknown, for `exact` that of the groups' sums, and the result lies in
-    the interval of any order. A part begins with an accumulator of zero, which nothing is lost of: what the interval allows for
-    one accumulator that goes on is more than an addition in f32 can lose. The same call gives the same bits; a row's bits depend
-    on M."""
+    Where blocks of K are dealt out, the parts of a tile are those that the numbers of tiles and of multiprocessors make: some
+    whole blocks of 128 each. Then the order of k is declared unknown, for `exact` that of the groups' sums, and the result lies
+    in the interval of any order. That holds the addition of parts in f32 as well: a part begins with an accumulator of zero, of
+    which its first instruction loses nothing, while the interval allows for the loss of a bit of 14. The same call gives the
+    same bits; a row's bits depend on M."""
     if tactic in half_precision.TACTICS:
         return half_precision.declaration(problem, tactic)
     bias, stream, parts = problem.option("bias") == "bias", TACTICS[tactic].stream, TACTICS[tactic].parts
@@ -345,13 +345,14 @@ def gemm_w4a8_fp8(
     float32 [M], channel_scale float32 [N] or [E, N], bias as `out`, [N] or [E, N]. out: bfloat16 or float16 [M, N], rows of
     neighbouring elements, any stride between rows. counts: int32 [E] on the device, rows of A per expert in order, M together;
     it is never read on the host. All lie on one device. `variant`: folded (RNE_e4m3(q s) is multiplied) or exact (the scale
-    multiplies the sum of its group). `tactic`: a name of `TACTICS` or of gemm_w4a8_f16.py, empty: as dispatched. `workspace`: uint8
-    of `workspace_bytes` or more, None: allocated where the tactic needs any, by torch, for the stream. `stream`: a torch stream,
-    None: the current one. Raises ValueError before anything runs.
+    multiplies the sum of its group). `tactic`: a name of `TACTICS` or of gemm_w4a8_f16.py, empty: as dispatched. `workspace`:
+    uint8 of `workspace_bytes` or more, None: allocated where the tactic needs any, by torch, for the stream. `stream`: a torch
+    stream, None: the current one. Raises ValueError before anything runs.
 
-    A tactic by name gives a row the same bits whatever M is, unless it deals out blocks of K (`stream`). As dispatched, `exact` does too: it sums K in one part. `folded`
-    does not: the table dispatches by M (M / E with experts), and K is summed in one part or, where it can be cut, in two: for M
-    of 33 to 64, and of 257 to 512 with N and K of at most 12,288. Where bits must not depend on the batch, name the tactic.
+    A tactic by name gives a row the same bits whatever M is, unless it deals out blocks of K (`Tactic.stream`). As dispatched,
+    `exact` does too: it sums K in one part. `folded` does not: the table dispatches by M (M / E with experts), and K is summed in
+    one part or, where it can be cut, in two: for M of 33 to 64, and of 257 to 512 with N and K of at most 12,288. Where bits must
+    not depend on the batch, name such a tactic.
     """
     torch = _torch()
     n, experts = weights.n, weights.experts

@@ -1,7 +1,7 @@
 """The scratch memory of products whose tiles are dealt out among workers by the block of K: gemm_w4a8_schedule.cuh in Python.
 
-Decides: how many bytes are enough on any device of compute capability 9.0, from sizes alone, so that it is known where there is no
-device. Refuses nothing.
+Decides: how many bytes are enough on any device of compute capability 9.0, from sizes alone, so that it is known where there is
+no device. Refuses nothing.
 """
 
 from __future__ import annotations
