@@ -1,5 +1,5 @@
-"""gemm_w4a8.cu with K dealt out, run on the emulated machine of tests/hopper/emulator: cuts inside tiles, more workers than tiles,
-one multiprocessor, tails, scratch memory of any content, clusters; and what planted defects show.
+"""gemm_w4a8.cu with K dealt out, run on the emulated machine of tests/hopper/emulator: cuts inside tiles, more workers than
+tiles, one multiprocessor, tails, scratch memory of any content, clusters; and what planted defects show.
 
 Expected are bits. Operands of small integers have sums that nothing rounds: what comes out is worked out in integers. Of others
 every part of K is emulated by the judge's datapath; where K is cut is counted here unit by unit.
@@ -191,7 +191,7 @@ DEFECTS: dict[str, tuple[Patches, str, tuple[str, str]]] = {
     "descending": ({TILES: [("for (int next = first + 1; next <= last; ++next)", "for (int next = last; next > first; --next)")]},
                    "parts", EARLY_LATE),
     "a_unit_twice": (
-        {SCHEDULE: [("left -= done.end - done.begin, begin = 0", "left -= done.end - done.begin - 1, begin = 0")]}, "one", EARLY_LATE,
+        {SCHEDULE: [("left -= done.end - done.begin, begin", "left -= done.end - done.begin - 1, begin")]}, "one", EARLY_LATE,
     ),
     "all_whole": ({W4: [("if (STREAM && !segment.whole(p.k_blocks))", "if (STREAM && p.k_blocks < 0)")]}, "one", EARLY_LATE),
     "stage_read_before_it_came": ({W4: [(

@@ -433,8 +433,7 @@ __global__ void __launch_bounds__(THREADS, 1) gemm(const __grid_constant__ Probl
       const schedule::Segment segment = walk.segment();
       const int blocks = span_of(segment, p.k_blocks, here.split * HALVES + crew.half).blocks;
       float sums[SUMS];
-      Factors scales;
-      if (crew.half == 0) scales = factors(p, tile, area, crew.band, thread);
+      if (crew.half == 0) prefetch_factors(p, tile, crew.band, thread);
       multiply(shared, memory, crew, blocks, at, thread, sums);
       // stages that hold nothing of this part
       const int rounds = span_of(segment, p.k_blocks, here.split * HALVES).blocks;
@@ -452,7 +451,7 @@ __global__ void __launch_bounds__(THREADS, 1) gemm(const __grid_constant__ Probl
           if (!settle(p, segment, area, here.worker, here.rank, crew.band, thread, sums)) continue;
         }
         sync_threads(1 + crew.band, 128);
-        if (8 * here.split < TOKENS) store(p, tile, area, here.split, crew.band, thread, scales, sums);
+        if (8 * here.split < TOKENS) store(p, tile, area, here.split, crew.band, thread, sums);
       }
     }
   }

@@ -122,6 +122,7 @@ DEVICE bool settle(const Problem& p, const schedule::Segment& segment, const Are
     const float4 part = load_device(there + 128 * j);
     sums[4 * j] = part.x, sums[4 * j + 1] = part.y, sums[4 * j + 2] = part.z, sums[4 * j + 3] = part.w;
   }
+#pragma unroll 1
   for (int next = first + 1; next <= last; ++next) {
     there = slots + (long long)deal.slot(next, false) * step;
 #pragma unroll
@@ -149,32 +150,23 @@ DEVICE float widen(uint16_t code, int half) {
   return half ? __half2float(__ushort_as_half(code)) : __uint_as_float((uint32_t)code << 16);
 }
 
-struct Factors {  // of the two rows of a thread
-  float channel[2], bias[2];
-};
-
-// Scales and bias of a tile, fetched before its products: those of the tokens to shared memory.
-DEVICE Factors factors(const Problem& p, const Tile& tile, const Area& area, int band, int thread) {
-  float* scales = reinterpret_cast<float*>(area.memory + AT_SCALES) + band * TOKENS;
-  const int valid = min(TOKENS, tile.count - tile.token);
-  for (int i = thread; i < TOKENS; i += 128) scales[i] = i < valid ? p.token_scale[tile.row + tile.token + i] : 0.0f;
-  Factors found;
-#pragma unroll
-  for (int h = 0; h < 2; ++h) {
-    const int n = (tile.block + band) * 64 + 16 * (thread / 32) + thread % 32 / 4 + 8 * h;
-    const long long at = (long long)tile.expert * p.n + n;
-    found.channel[h] = n < p.n ? p.channel_scale[at] : 0.0f;
-    found.bias[h] = n < p.n && p.bias != nullptr ? widen(p.bias[at], p.half) : 0.0f;
+// Scales and bias of a tile, before its products, into the L2 cache: a thread asks for those that it will load.
+DEVICE void prefetch_factors(const Problem& p, const Tile& tile, int band, int thread) {
+  const int n = (tile.block + band) * 64 + thread % 64;
+  const long long at = (long long)tile.expert * p.n + n;
+  for (int i = thread; i < min(TOKENS, tile.count - tile.token); i += 128) {
+    sm90::prefetch_line(p.token_scale + tile.row + tile.token + i);
   }
-  return found;
+  if (n < p.n) sm90::prefetch_line(p.channel_scale + at);
+  if (n < p.n && p.bias != nullptr) sm90::prefetch_line(p.bias + at);
 }
 
 // Scales, bias and cast, then rows of D through shared memory, 16 bytes at a time where D allows it. All 128 threads of a band
 // call it; it uses barrier 1 + band. `split`: of SPLITS, whose groups of eight tokens are stored.
-DEVICE void store(const Problem& p, const Tile& tile, const Area& area, int split, int band, int thread, const Factors& factors,
+DEVICE void store(const Problem& p, const Tile& tile, const Area& area, int split, int band, int thread,
                   const float (&sums)[SUMS]) {
   using namespace sm90;
-  const float* scales = reinterpret_cast<const float*>(area.memory + AT_SCALES) + band * TOKENS;
+  float* scales = reinterpret_cast<float*>(area.memory + AT_SCALES) + band * TOKENS;
   const int warp = thread / 32, lane = thread % 32;
   const int base = (tile.block + band) * 64;
   const long long row = tile.row + tile.token;
@@ -183,6 +175,15 @@ DEVICE void store(const Problem& p, const Tile& tile, const Area& area, int spli
   const uint8_t* staged = area.memory + band * CHUNK_BYTES;
   const int matrix = lane / 8, to_token = matrix / 2 * 8 + lane % 8;
   const uint32_t to = out + to_token * 128 + (((2 * warp + matrix % 2) ^ (lane % 8)) << 4);
+  float channel[2], bias[2];  // of the two rows of a thread
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    const int n = base + 16 * warp + lane / 4 + 8 * h;
+    const long long at = (long long)tile.expert * p.n + n;
+    channel[h] = n < p.n ? p.channel_scale[at] : 0.0f;
+    bias[h] = n < p.n && p.bias != nullptr ? widen(p.bias[at], p.half) : 0.0f;
+  }
+  for (int i = thread; i < TOKENS; i += 128) scales[i] = i < valid ? p.token_scale[row + i] : 0.0f;
   sync_threads(1 + band, 128);
 #pragma unroll
   for (int chunk = 0; chunk < TOKENS; chunk += CHUNK) {
@@ -201,9 +202,9 @@ DEVICE void store(const Problem& p, const Tile& tile, const Area& area, int spli
         const int at = (4 * eight + 2 * h) % SUMS;
         float x = __fmul_rn(sums[at], token.x), y = __fmul_rn(sums[at + 1], token.y);
         if (p.bias != nullptr) {
-          x = __fmaf_rn(x, factors.channel[h], factors.bias[h]), y = __fmaf_rn(y, factors.channel[h], factors.bias[h]);
+          x = __fmaf_rn(x, channel[h], bias[h]), y = __fmaf_rn(y, channel[h], bias[h]);
         } else {
-          x = __fmul_rn(x, factors.channel[h]), y = __fmul_rn(y, factors.channel[h]);
+          x = __fmul_rn(x, channel[h]), y = __fmul_rn(y, channel[h]);
         }
         words[e] = narrow(x, y, p.half);
       }

@@ -81,6 +81,8 @@ DEVICE void copy_box_to(uint32_t to, const CUtensorMap* map, int x, int y, uint3
 DEVICE void prefetch_bulk(const void* from, uint32_t bytes) {
   asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
 }
+// The line that holds an address of global memory, into the L2 cache.
+DEVICE void prefetch_line(const void* from) { asm volatile("prefetch.global.L2 [%0];" ::"l"(from) : "memory"); }
 DEVICE void prefetch(const CUtensorMap* map) { asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory"); }
 
 // Data that is read once, and data that is read again by other blocks.
