@@ -319,9 +319,7 @@ def test_table_covers_every_shape_and_follows_its_sweep() -> None:
 @pytest.mark.parametrize("variant", ["folded", "exact"])
 @pytest.mark.parametrize("group", [64, 128])
 def test_stages_fill_but_fit_shared_memory(variant: str, group: int) -> None:
-    """The bytes of the source's layout, counted here from its parts: one stage more would not fit (or sixteen are enough). What
-    is expanded with the next stage in sight needs five stages."""
-    made = [macros for _, macros, _ in room.UNITS]
+    """The bytes of the source's layout, counted here from its parts: one stage more would not fit (or sixteen are enough)."""
     for name, tactic in room.TACTICS.items():
         count = room.stages(tactic, variant, group)
 
@@ -335,7 +333,7 @@ def test_stages_fill_but_fit_shared_memory(variant: str, group: int) -> None:
             places += (tactic.splits * tactic.halves - 1) * rows * owned * 4
             return places + 8 * (2 * number + 2 * tactic.bands)
 
-        assert count >= (5 if variant == "exact" and room.defines(tactic, variant, group) in made else 3), name
+        assert count >= 3, name
         assert taken(count) <= 232448, name
         assert count == 16 or taken(count + 1) > 232448 - 128, name
 

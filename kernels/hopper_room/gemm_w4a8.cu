@@ -46,7 +46,6 @@ constexpr int SHARED_BYTES = AT_BARRIERS + 8 * (2 * STAGES + 2 * BANDS);
 static_assert(SHARED_BYTES <= 232448, "a block has 227 KB");
 static_assert(CLUSTER == 1 || (PARTS == 1 && TOKENS % (8 * CLUSTER) == 0), "blocks share A or K, and copy whole groups of rows");
 static_assert(!STREAM || PARTS == 1, "K is cut in one way");
-static_assert(AHEAD || !EXACT, "sums of groups wait for no stage");
 
 // Eight weights of a word to e4m3: low holds k = 0 to 3 of the thread, high those 16 further. table: bytes of 0 to 7, of -8 to
 // -1. half: 2^16, which the compiler does not know: a shift would run where nearly all of this runs, a product runs elsewhere.
@@ -260,27 +259,31 @@ DEVICE void multiply(uint32_t shared, const uint8_t* memory, const Crew& crew, i
   wait(full + 8 * at.stage, at.phase);
   words.load_front(crew.words(memory, at.stage), thread);
   words.load_back(crew.words(memory, at.stage), thread);
-  if (blocks > 1) wait(full + 8 * ahead.stage, ahead.phase);
+  if (AHEAD && blocks > 1) wait(full + 8 * ahead.stage, ahead.phase);
   expand(words.front, table, table, crew.half_word, first);
   for (int left = blocks; left > 0; --left) {
     const uint64_t b = crew.tokens(shared, at.stage);
     const uint8_t* const next = crew.words(memory, ahead.stage);  // behind the last block: read and not used
     const uint32_t scales = words.scales;
     issue(part, first, b, 0);
-    words.load_front(next, thread);
+    if (AHEAD) words.load_front(next, thread);
     expand(words.back, table, table, crew.half_word, second);
     if (GROUP == 64) {
       wgmma_wait<0>();
       promote(sums, part, scales);
     }
     issue(part, second, b + 4, GROUP == 128);
-    words.load_back(next, thread);
-    wgmma_wait<1>();
-    expand(words.front, table, table, crew.half_word, first);
     const int done = at.stage;
     at = ahead;
     ahead.next();
-    if (left > 2) wait(full + 8 * ahead.stage, ahead.phase);  // and keeps what was expanded ahead of the next line
+    if (!AHEAD) {
+      if (left > 1) wait(full + 8 * at.stage, at.phase);
+      words.load_front(next, thread);
+    }
+    words.load_back(next, thread);
+    wgmma_wait<1>();
+    expand(words.front, table, table, crew.half_word, first);
+    if (AHEAD && left > 2) wait(full + 8 * ahead.stage, ahead.phase);  // and keeps what was expanded ahead of the next line
     wgmma_wait<0>();
     release(empty, done, thread);
     promote(sums, part, GROUP == 64 ? scales >> 16 : scales);
