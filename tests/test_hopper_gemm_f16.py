@@ -60,8 +60,8 @@ def fragments() -> list[tuple[int, int, Fraction, Fraction]]:
 
 
 def test_every_nibble_becomes_its_value() -> None:
-    """Every content of a nibble, the other seven all zeros or all ones, in each of the eight places: what the one rounding meets is
-    a small integer. 0x6400 is 1024; factors and addends are exact in binary16."""
+    """Every content of a nibble, the other seven all zeros or all ones, in each of the eight places: what the one rounding meets
+    is a small integer. 0x6400 is 1024; factors and addends are exact in binary16."""
     joined = re.search(r'"r"\(word\), "r"\(mask\), "r"\((0x\w+)u\)', TEXT)
     assert joined
     high = int(joined[1], 16)
@@ -111,10 +111,12 @@ def test_the_signature_is_the_source_s() -> None:
 
 
 def test_names_say_what_an_instance_is() -> None:
-    for name, tokens in room.TACTICS.items():
-        made = room.defines(tokens, 128)
-        assert name == f"{64 * int(made['BANDS'])}x{tokens}_f16"
-        assert f"struct WgmmaHalf<{tokens}>" in (ROOM / "wgmma_half.cuh").read_text(encoding="utf-8")
+    for name, tactic in room.TACTICS.items():
+        made = room.defines(tactic, 128)
+        found = re.fullmatch(r"(\d+)x(\d+)_f16(?:x(\d+))?", name)
+        assert found
+        assert [int(found[1]) // 64, int(found[2]), int(found[3] or 1)] == [made["BANDS"], made["TOKENS"], made["CLUSTER"]]
+        assert f"struct WgmmaHalf<{tactic.tokens}>" in (ROOM / "wgmma_half.cuh").read_text(encoding="utf-8")
     assert len(room.UNITS) == len({str(unit) for unit in room.UNITS}) == 2 * len(room.TACTICS)
 
 
@@ -127,10 +129,10 @@ def test_registers_of_a_block_are_those_of_its_launch() -> None:
 
 
 def test_only_few_rows_of_the_exact_product_without_experts_are_taken() -> None:
-    for name, tokens in room.TACTICS.items():
-        assert room.takes(name, "gemm_w4a8_fp8", "exact", tokens)
+    for name, tactic in room.TACTICS.items():
+        assert room.takes(name, "gemm_w4a8_fp8", "exact", tactic.tokens)
         assert room.takes(name, "gemm_w4a8_fp8", "exact", 0)
-        assert not room.takes(name, "gemm_w4a8_fp8", "exact", tokens + 1)
+        assert not room.takes(name, "gemm_w4a8_fp8", "exact", tactic.tokens + 1)
         assert not room.takes(name, "gemm_w4a8_fp8", "folded", 1)
         assert not room.takes(name, "gemm_w4a8_fp8_grouped", "exact", 1)
 
@@ -210,8 +212,9 @@ def test_the_workspace_holds_the_image_and_what_is_dealt_out() -> None:
     """K = 12288 at 8 rows: 192 KB of image. 48 tiles of 96 blocks, 24 workers each at most: 144 workers with two slots of 256 by
     8 sums in f32, and a counter per 64 rows and slot."""
     assert room.image_bytes("256x8_f16", 12288) == 12288 * 8 * 2
-    assert room.image_bytes("256x64_f16", 64) == 128 * 64 * 2  # half a block is a block
+    assert room.image_bytes("256x64_f16x2", 64) == 128 * 64 * 2  # half a block is a block
     assert room.workspace("256x8_f16", 12288, 12288) == 12288 * 8 * 2 + 144 * 2 * (256 * 8 * 4 + 4 * 4)
+    assert room.workspace("256x64_f16x2", 512, 64) == 128 * 64 * 2 + 2 * 2 * (256 * 64 * 4 + 4 * 4)  # a worker of two blocks
 
 
 def test_the_launch_gets_what_it_was_given(monkeypatch: pytest.MonkeyPatch) -> None:

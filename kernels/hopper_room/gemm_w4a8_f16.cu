@@ -7,7 +7,8 @@
 // nearest: sums that stay in the unit over all of K would be cut toward zero after every 16 products. e4m3 activations become
 // binary16, exactly, by a first kernel, in the order of k that the packed words have (below). K is dealt out to all
 // multiprocessors (gemm_w4a8_schedule.cuh). A thread copies: weights into all stages while the first kernel still runs,
-// activations after it. BANDS warpgroups multiply, each 64 rows of W.
+// activations after it. BANDS warpgroups multiply, each 64 rows of W. CLUSTER blocks with neighbouring rows of W work as one:
+// each copies its share of the activations to all of them.
 // Refuses nothing: gemm_w4a8_f16.py does.
 //
 // An A fragment of m64nNk16 has, at lane c of four, k = 2 c and 2 c + 1 of the row and of the row eight down, then the same
@@ -22,6 +23,7 @@ namespace {
 constexpr int THREADS = (BANDS + 1) * 128;
 constexpr int REGISTERS = 112;            // of a thread that multiplies; 32 of one that does not: 96 each, at the launch
 constexpr int TILE_BYTES = TOKENS * 256;  // 128 k of the activations: two matrices of 64 k
+constexpr int SHARE = TILE_BYTES / CLUSTER;
 constexpr int WEIGHT_BYTES = BANDS * BLOCK_BYTES;
 constexpr int STAGES = (232448 - EPILOGUE_BYTES) / (TILE_BYTES + WEIGHT_BYTES + 16);
 constexpr int AT_A = 0;
@@ -109,15 +111,15 @@ struct Reader {
   const uint8_t* memory;
   uint64_t tokens;  // descriptor of the first stage
   uint32_t barriers;
-  int words, scales, leader;
+  int words, scales, lane;
   DEVICE Reader(uint8_t* start, int band, int thread) : memory(start) {
-    const int lane = thread % 32, pair = thread / 32 * 8 + lane / 4;
+    lane = thread % 32;
+    const int pair = thread / 32 * 8 + lane / 4;
     const uint32_t shared = __shfl_sync(0xFFFFFFFFu, sm90::address(start), 0);
     tokens = sm90::descriptor_128(shared + AT_A);
     barriers = shared + AT_BARRIERS;
     words = __shfl_sync(0xFFFFFFFFu, AT_W + band * BLOCK_BYTES + 16 * thread, lane);
     scales = __shfl_sync(0xFFFFFFFFu, AT_W + band * BLOCK_BYTES + 4096 + 128 / GROUP * 2 * pair, lane);
-    leader = lane == 0;
   }
 };
 
@@ -136,6 +138,16 @@ DEVICE void issue(float (&sums)[SUMS], const uint32_t (&a)[16], uint64_t b, int 
 #pragma unroll
   for (int i = 0; i < 4; ++i) sm90::WgmmaHalf<TOKENS>::registers(sums, a + 4 * i, b + 2 * i, i > 0 || accumulate);
   sm90::wgmma_commit();
+}
+
+// Each warp, once it is done with the stage, says so to all blocks whose copies go there.
+DEVICE void release(const Reader& reader, int stage) {
+  const uint32_t empty = reader.barriers + 8 * (STAGES + stage);
+  if (CLUSTER == 1) {
+    if (reader.lane == 0) sm90::arrive(empty);
+  } else if (reader.lane < CLUSTER) {
+    sm90::arrive_remote(empty, reader.lane);
+  }
 }
 
 // The sum of a group into the total. `scales`: codes of the thread's two rows.
@@ -176,7 +188,7 @@ DEVICE void multiply(const Reader& reader, int blocks, Ring& ring, float (&sums)
       expand(words, first);
     }
     wgmma_wait<0>();
-    if (reader.leader) arrive(reader.barriers + 8 * (STAGES + stage));  // each warp, once it is done with the stage
+    release(reader, stage);
     promote(sums, part, GROUP == 64 ? scales >> 16 : scales);
     if (blocks == 0) break;
   }
@@ -184,21 +196,24 @@ DEVICE void multiply(const Reader& reader, int blocks, Ring& ring, float (&sums)
 
 // Copies -----------------------------------------------------------------------------------------------------------------------
 
-// Tile `index` of D: all tokens, rows of W from 64 BANDS index on.
-DEVICE Tile tile_of(const Problem& p, int index) { return Tile{0, 0, p.m, 0, index * BANDS}; }
+// The part of tile `index` of D that the block `rank` of a cluster has: all tokens, 64 BANDS rows of W.
+DEVICE Tile tile_of(const Problem& p, int index, int rank) { return Tile{0, 0, p.m, 0, (index * CLUSTER + rank) * BANDS}; }
+DEVICE bool exists(const Problem& p, int index) { return index * (CLUSTER * BANDS) < p.n_blocks; }
 
 // The blocks of 128 k of a worker, one after the other.
 struct Blocks {
   const Problem& p;
   schedule::Walk walk;
   Tile tile;
-  int k, end;
+  int rank, k, end;
   bool left;
-  DEVICE Blocks(const Problem& problem, int worker) : p(problem), walk(problem.deal, worker) { find(); }
+  DEVICE Blocks(const Problem& problem, int worker, int rank_here) : p(problem), walk(problem.deal, worker), rank(rank_here) {
+    find();
+  }
   DEVICE void find() {
     const schedule::Segment segment = walk.segment();
-    tile = tile_of(p, segment.tile), k = segment.begin, end = segment.end;
-    left = tile.block < p.n_blocks;
+    tile = tile_of(p, segment.tile, rank), k = segment.begin, end = segment.end;
+    left = exists(p, segment.tile);
   }
   DEVICE void next() {
     if (++k == end) {
@@ -218,16 +233,26 @@ DEVICE void copy_weights(const Blocks& blocks, uint32_t shared, int stage, uint6
   }
 }
 
+// Where the other block of a cluster has not said yet how many bytes it waits for, they count all the same: its stage is empty.
 DEVICE void copy_tokens(const Blocks& blocks, const uint8_t* image, uint32_t shared, int stage, uint64_t policy) {
-  sm90::copy_bulk(shared + AT_A + stage * TILE_BYTES, image + (long long)blocks.k * TILE_BYTES, TILE_BYTES,
-                  shared + AT_BARRIERS + 8 * stage, policy);
+  const uint32_t to = shared + AT_A + stage * TILE_BYTES + blocks.rank * SHARE, full = shared + AT_BARRIERS + 8 * stage;
+  const uint8_t* from = image + (long long)blocks.k * TILE_BYTES + blocks.rank * SHARE;
+  if (CLUSTER == 1) {
+    sm90::copy_bulk(to, from, SHARE, full, policy);
+  } else {
+    asm volatile(
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1], %2, [%3], %4;"
+        :
+        : "r"(to), "l"(from), "r"(SHARE), "r"(full), "h"((uint16_t)((1 << CLUSTER) - 1))
+        : "memory");
+  }
 }
 
 // Weights are constants that were there before `convert` could begin: they may be read before it ends, its image may not.
-DEVICE void copy(const Problem& p, const uint8_t* image, uint32_t shared, int worker) {
+DEVICE void copy(const Problem& p, const uint8_t* image, uint32_t shared, int worker, int rank) {
   using namespace sm90;
   const uint64_t once = evict_first(), again = evict_normal();
-  Blocks ahead(p, worker), behind(p, worker);
+  Blocks ahead(p, worker, rank), behind(p, worker, rank);
   int filled = 0;
   for (; filled < STAGES && ahead.left; ++filled, ahead.next()) copy_weights(ahead, shared, filled, once);
   launch_wait();
@@ -245,19 +270,23 @@ __global__ void __launch_bounds__(THREADS, 1) gemm(const __grid_constant__ Probl
   extern __shared__ __align__(1024) uint8_t memory[];
   const uint32_t shared = address(memory);
   const int warpgroup = __shfl_sync(0xFFFFFFFFu, threadIdx.x / 128, 0);  // the same in a warp, and known to be
-  const int worker = blockIdx.x;
+  const int worker = blockIdx.x / CLUSTER, rank = CLUSTER > 1 ? (int)cluster_rank() : 0;
   if (threadIdx.x == 0) {
     for (int i = 0; i < STAGES; ++i) {
       barrier_init(shared + AT_BARRIERS + 8 * i, 1);
-      barrier_init(shared + AT_BARRIERS + 8 * (STAGES + i), 4 * BANDS);
+      barrier_init(shared + AT_BARRIERS + 8 * (STAGES + i), 4 * BANDS * CLUSTER);
     }
     barrier_init_fence();
     launch_next();
   }
   __syncthreads();
+  if (CLUSTER > 1) {
+    cluster_arrive();
+    cluster_wait();
+  }
   if (warpgroup == 0) {
     registers_down<32>();
-    if (threadIdx.x == 0) copy(p, image, shared, worker);
+    if (threadIdx.x == 0) copy(p, image, shared, worker, rank);
   } else {
     registers_up<REGISTERS>();
     const int thread = threadIdx.x % 128, band = warpgroup - 1;
@@ -265,16 +294,21 @@ __global__ void __launch_bounds__(THREADS, 1) gemm(const __grid_constant__ Probl
     const Reader reader(memory, band, thread);
     launch_wait();
     Ring ring;
-    for (schedule::Walk walk(p.deal, worker); walk.tile * BANDS < p.n_blocks; walk.next()) {
+    for (schedule::Walk walk(p.deal, worker); exists(p, walk.tile); walk.next()) {
       const schedule::Segment segment = walk.segment();
-      const Tile tile = tile_of(p, segment.tile);
-      const Factors scales = factors(p, tile, area, band, thread);
+      const Tile tile = tile_of(p, segment.tile, rank);
+      prefetch_factors(p, tile, band, thread);
       float sums[SUMS];
       multiply(reader, segment.end - segment.begin, ring, sums);
-      if (segment.whole(p.k_blocks) || settle(p, segment, area, worker, 0, band, thread, sums)) {
-        store(p, tile, area, 0, band, thread, scales, sums);
+      if (segment.whole(p.k_blocks) || settle(p, segment, area, worker, rank, band, thread, sums)) {
+        store(p, tile, area, 0, band, thread, sums);
       }
     }
+  }
+  if (CLUSTER > 1) {  // nothing is under way to a block that is gone
+    __syncwarp();
+    cluster_arrive();
+    cluster_wait();
   }
 }
 
@@ -293,23 +327,25 @@ extern "C" int lowbit_gemm_w4a8_f16(const void* a, long long a_stride, const voi
   uint8_t* image = (uint8_t*)workspace;
   cudaError_t error = cudaFuncSetAttribute(gemm, cudaFuncAttributeMaxDynamicSharedMemorySize, SHARED_BYTES);
   if (error != cudaSuccess) return error;
-  cudaLaunchAttribute overlap;
-  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  overlap.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchAttribute attributes[2];
+  attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attributes[0].val.programmaticStreamSerializationAllowed = 1;
+  attributes[1].id = cudaLaunchAttributeClusterDimension;
+  attributes[1].val.clusterDim = {CLUSTER, 1, 1};
   cudaLaunchConfig_t config = {};
   config.blockDim = dim3(THREADS), config.dynamicSmemBytes = SHARED_BYTES, config.stream = (cudaStream_t)stream;
-  config.attrs = &overlap, config.numAttrs = 1;
+  config.attrs = attributes, config.numAttrs = 2;
   int workers = 0;
-  error = resident(&workers, gemm, config, 1);
+  error = resident(&workers, gemm, config, CLUSTER);
   if (error != cudaSuccess) return error;
   const int counters = plan(p, workers, image + image_bytes, workspace_bytes - image_bytes);
   if (counters < 0) return cudaErrorInvalidValue;
   cudaLaunchConfig_t first = config;
   first.gridDim = dim3((unsigned)((chunks + CONVERTING - 1) / CONVERTING)), first.blockDim = dim3(CONVERTING);
-  first.dynamicSmemBytes = 0;
+  first.dynamicSmemBytes = 0, first.numAttrs = 1;
   error = cudaLaunchKernelEx(&first, convert, (const uint8_t*)a, a_stride, (int)m, (int)k, (uint4*)image, chunks, p.counters,
                              counters);
   if (error != cudaSuccess) return error;
-  config.gridDim = dim3(p.deal.workers);
+  config.gridDim = dim3(p.deal.workers * CLUSTER);
   return cudaLaunchKernelEx(&config, gemm, p, (const uint8_t*)image);
 }

@@ -1,7 +1,7 @@
 """gemm_w4a8_fp8, `exact`, of few tokens on Hopper: instances of gemm_w4a8_f16.cu, what is declared, the workspace, the launch.
 
-Decides: the tactics (`TACTICS`: 256 rows of W by 8, 16, 32 or 64 rows of A, products in binary16), and which problems they take:
-`exact`, without experts, M of at most the tile's rows, so that where K is cut depends on N, K and the device alone.
+Decides: the tactics (`TACTICS`: tiles of 256 rows of W by 8, 16, 32 or 64 rows of A, products in binary16), and which problems
+they take: `exact`, without experts, M of at most the tile's rows, so that where K is cut depends on N, K and the device alone.
 Refuses: everything else, through `takes`. Operands are checked by gemm_w4a8.py, which packs the weights that both sources read.
 Kernels compile at the first launch; loading this module needs neither a compiler nor torch.
 """
@@ -11,7 +11,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 from lowbit.conformance.backend import (
     BF16,
@@ -32,7 +32,7 @@ from .build import Unit, library
 from .gemm_w4a8_schedule import stream_bytes
 from .launch import launch
 
-__all__ = ["TACTICS", "UNITS", "declaration", "defines", "image_bytes", "multiply", "takes", "workspace"]
+__all__ = ["TACTICS", "UNITS", "Tactic", "declaration", "defines", "image_bytes", "multiply", "takes", "workspace"]
 
 _SOURCE = "gemm_w4a8_f16.cu"
 _SIGNATURE = (
@@ -45,22 +45,38 @@ _BANDS = 4  # of 64 rows of W in a block of threads
 _BLOCK = 128  # k of a packed block
 _OUT = {"bf16": BF16, "f16": F16}
 
-TACTICS: dict[str, int] = {f"{64 * _BANDS}x{tokens}_f16": tokens for tokens in (8, 16, 32, 64)}
-"""Rows of A of a tile, by name."""
+
+class Tactic(NamedTuple):
+    """A tile of `tokens` rows of A; `cluster` blocks with neighbouring rows of W share their copies of A."""
+
+    tokens: int
+    cluster: int
+
+    @property
+    def name(self) -> str:
+        """Rows of W x tokens, then how many blocks share A, if it is more than one."""
+        return f"{64 * _BANDS}x{self.tokens}_f16" + (f"x{self.cluster}" if self.cluster > 1 else "")
 
 
-def defines(tokens: int, group: int) -> dict[str, str | int]:
+TACTICS: dict[str, Tactic] = {
+    tactic.name: tactic
+    for tactic in (Tactic(8, 1), Tactic(16, 1), Tactic(32, 1), Tactic(32, 2), Tactic(64, 2))
+}
+"""Every instance by name."""
+
+
+def defines(tactic: Tactic, group: int) -> dict[str, str | int]:
     """Macros of one instance."""
-    return {"GROUP": group, "TOKENS": tokens, "BANDS": _BANDS, "SPLITS": 1, "CLUSTER": 1, "STREAM": 1}
+    return {"GROUP": group, "TOKENS": tactic.tokens, "BANDS": _BANDS, "SPLITS": 1, "CLUSTER": tactic.cluster, "STREAM": 1}
 
 
-UNITS: tuple[Unit, ...] = tuple((_SOURCE, defines(tokens, group), ()) for group in _GROUPS for tokens in TACTICS.values())
+UNITS: tuple[Unit, ...] = tuple((_SOURCE, defines(tactic, group), ()) for group in _GROUPS for tactic in TACTICS.values())
 """All that this module can ask the compiler for."""
 
 
 def takes(tactic: str, op: str, variant: str, m: int) -> bool:
     """Whether a tactic of `TACTICS` takes a problem of M rows; N, K and G are any that the op has."""
-    return op == _OP and variant == _VARIANT and m <= TACTICS[tactic]
+    return op == _OP and variant == _VARIANT and m <= TACTICS[tactic].tokens
 
 
 def declaration(problem: Problem, tactic: str) -> Declaration:
@@ -80,12 +96,12 @@ def declaration(problem: Problem, tactic: str) -> Declaration:
 
 def image_bytes(tactic: str, k: int) -> int:
     """Bytes of A in binary16 as the products read it: all rows of the tile, K to a whole number of blocks of 128."""
-    return -(-k // _BLOCK) * _BLOCK * 2 * TACTICS[tactic]
+    return -(-k // _BLOCK) * _BLOCK * 2 * TACTICS[tactic].tokens
 
 
 def workspace(tactic: str, n: int, k: int) -> int:
     """Bytes: the image of A, then slots for sums over parts of K and their counters. The kernel writes all that it reads."""
-    return image_bytes(tactic, k) + stream_bytes(TACTICS[tactic], _BANDS, 1, 1, n, k)
+    return image_bytes(tactic, k) + stream_bytes(TACTICS[tactic].tokens, _BANDS, TACTICS[tactic].cluster, 1, n, k)
 
 
 @cache

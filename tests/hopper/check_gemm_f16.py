@@ -179,7 +179,7 @@ def test_every_weight_under_every_scale_is_exact_at_every_place(group: int) -> N
     for start in range(0, k, tokens):
         a = np.zeros((tokens, k), dtype=np.uint8)
         a[np.arange(tokens), start + np.arange(tokens)] = ONE
-        got = product("256x64_f16", group, Operands(a, codes, scales), Machine(seed=start)).astype(np.float64)
+        got = product("256x64_f16x2", group, Operands(a, codes, scales), Machine(seed=start)).astype(np.float64)
         want = (value(codes[:, start : start + tokens]) * E4M3[scales[:, :1]]).T
         assert np.array_equal(got, want, equal_nan=True)
     for at in range(k):
@@ -189,7 +189,7 @@ def test_every_weight_under_every_scale_is_exact_at_every_place(group: int) -> N
 @pytest.mark.parametrize("tactic", room.TACTICS)
 def test_every_activation_is_exact_at_every_place(tactic: str) -> None:
     """Row n of W is the unit vector of k = n; the 254 finite codes come at each k."""
-    k, tokens = 128, room.TACTICS[tactic]
+    k, tokens = 128, room.TACTICS[tactic].tokens
     codes, scales = np.eye(k, dtype=np.uint8), np.full((k, 1), ONE, dtype=np.uint8)
     seen: set[tuple[int, int]] = set()
     for first in range(0, 256, tokens):
@@ -204,7 +204,7 @@ def test_every_activation_is_exact_at_every_place(tactic: str) -> None:
 @pytest.mark.parametrize(("tactic", "group"), INSTANCES)
 def test_nan_stays_in_its_row_and_column(tactic: str, group: int) -> None:
     """One in A makes its row of D NaN, whatever the weights; one among the scales its column, even where all products are 0."""
-    m, n, k = room.TACTICS[tactic], 136, 256
+    m, n, k = room.TACTICS[tactic].tokens, 136, 256
     given, _ = exact(np.random.default_rng(m + group), m, n, k, group)
     given.a[m - 3, 77], given.a[m - 1, k - 1] = 0x7F, 0xFF
     given.scales[5, k // group - 1], given.scales[n - 1, 0] = 0x7F, 0xFF
@@ -221,7 +221,7 @@ def test_the_image_holds_each_k_where_the_fragment_meets_it(tactic: str) -> None
     """The PTX ISA has in register i of an A fragment (m64nNk16, 16-bit operands), half h, lane l: row l / 4 + 8 (i % 2), and
     k = 2 (l % 4) + h + 8 (i / 2); of fragment f it is made of nibbles 2 f + i / 2 and four on. B is swizzled: sixteen bytes p of
     a row r of 128 lie at p xor r % 8."""
-    tokens, k = room.TACTICS[tactic], 192
+    tokens, k = room.TACTICS[tactic].tokens, 192
     rng = np.random.default_rng(tokens)
     a = rng.integers(0, 0x7F, (tokens - 1, k), dtype=np.uint8)
     given = Operands(a, np.zeros((8, k), np.uint8), np.zeros((8, k // 64), np.uint8))
@@ -247,21 +247,22 @@ def test_the_image_holds_each_k_where_the_fragment_meets_it(tactic: str) -> None
 
 @pytest.mark.parametrize(("tactic", "group"), INSTANCES)
 def test_sums_that_round_nowhere_are_those_of_integers(tactic: str, group: int) -> None:
-    rng = np.random.default_rng(room.TACTICS[tactic] + group)
+    rng = np.random.default_rng(room.TACTICS[tactic].tokens + group)
     shapes = [(264, 640, 1), (8, group, 2), (520, 192, 3), (72, 1024, 7), (1032, 1536, 132), (512, 2048, 4), (1288, 448, 5)]
     events = [(EARLY, LATE), (LATE, EARLY), (EITHER, EITHER), (LATE, LATE), (EARLY, EARLY)]
     for number, (n, k, processors) in enumerate(shapes):
-        m = int(rng.integers(1, room.TACTICS[tactic] + 1))
+        m = int(rng.integers(1, room.TACTICS[tactic].tokens + 1))
         given, total = exact(rng, m, n, -(-k // group) * group, group)
         copies, products = events[number % len(events)]
-        got = product(tactic, group, given, Machine(copies, products, int(rng.integers(1000)), processors))
+        machine = Machine(copies, products, int(rng.integers(1000)), max(processors, room.TACTICS[tactic].cluster))
+        got = product(tactic, group, given, machine)
         assert np.array_equal(got.astype(np.float64), rounded(total, got.dtype)), (m, n, k, processors)
 
 
 @pytest.mark.parametrize(("tactic", "group"), INSTANCES)
 def test_other_sums_lie_in_the_declared_interval(tactic: str, group: int) -> None:
     """Activations of either sign, of one sign (every cut goes one way), and over all exponents."""
-    tokens = room.TACTICS[tactic]
+    tokens = room.TACTICS[tactic].tokens
     rng = np.random.default_rng(tokens * group)
     for kind, (n, k, processors) in enumerate(((72, 1024, 5), (264, 2048, 7), (64, 640, 3))):
         m = min(tokens, 8)
@@ -324,7 +325,7 @@ DEFECTS = {
                                                 "expand(words, first);\n    }\n"),
     "a fragment overwritten while products read it": ("      wgmma_wait<1>();\n      expand(words, first);",
                                                       "      expand(words, first);"),
-    "a stage never given up": ("if (reader.leader) arrive(", "if (false) arrive("),
+    "a stage never given up": ("if (reader.lane == 0) sm90::arrive(", "if (false) sm90::arrive("),
     "a stage filled again at once": ("    wait(shared + AT_BARRIERS + 8 * (STAGES + ring.stage), ring.phase);\n", ""),
     "counters left as they are": ("counters[i] = 0;", ";"),
     "sums of parts stored as they are": ("segment.whole(p.k_blocks) || settle(", "true || settle("),
@@ -332,16 +333,27 @@ DEFECTS = {
 }
 
 
-@pytest.mark.parametrize("defect", DEFECTS)
+CLUSTERED = {
+    "a stage given up to one block alone": ("} else if (reader.lane < CLUSTER) {", "} else if (reader.lane < 1) {"),
+    "a stage waited for half": ("4 * BANDS * CLUSTER);", "4 * BANDS);"),
+    "the other half of the activations": ("image + (long long)blocks.k * TILE_BYTES + blocks.rank * SHARE;",
+                                          "image + (long long)blocks.k * TILE_BYTES + (1 - blocks.rank) * SHARE;"),
+    "one block's rows twice": ("(index * CLUSTER + rank) * BANDS", "(index * CLUSTER) * BANDS"),
+    "a block gone before its copies": ("    __syncwarp();\n    cluster_arrive();\n    cluster_wait();\n", "    __syncwarp();\n"),
+    "copies before the other block's barriers": ("    cluster_arrive();\n    cluster_wait();\n  }\n  if (warpgroup",
+                                                 "  }\n  if (warpgroup"),
+}
+
+
+@pytest.mark.parametrize("defect", [*DEFECTS, *CLUSTERED])
 def test_a_planted_defect_is_found(defect: str) -> None:
     """By wrong sums, or by the machine, in one of the orders of events."""
-    rng = np.random.default_rng(1)
-    given, total = exact(rng, 7, 520, 4096, 128)
-    product("256x8_f16", 128, given, Machine(processors=2))
+    tactic = "256x32_f16x2" if defect in CLUSTERED else "256x8_f16"
+    given, total = exact(np.random.default_rng(1), 7, 520, 4096, 128)
     found = False
     for copies, products, seed in ((EARLY, LATE, 1), (LATE, EARLY, 2), (EITHER, EITHER, 3), (LATE, LATE, 4)):
         try:
-            got = product("256x8_f16", 128, given, Machine(copies, products, seed, 2, (DEFECTS[defect],)))
+            got = product(tactic, 128, given, Machine(copies, products, seed, 2, ({**DEFECTS, **CLUSTERED}[defect],)))
         except emulated.MachineError:
             found = True
         else:
