@@ -195,7 +195,7 @@ DEFECTS: dict[str, tuple[Patches, str, tuple[str, str]]] = {
     ),
     "all_whole": ({W4: [("if (STREAM && !segment.whole(p.k_blocks))", "if (STREAM && p.k_blocks < 0)")]}, "one", EARLY_LATE),
     "stage_read_before_it_came": ({W4: [(
-        "  if (AHEAD && blocks > 1) wait(full + 8 * ahead.stage, ahead.phase);\n", "",
+        "  if (AHEAD && blocks > 1) wait(full + 8 * ahead.stage, ahead.phase);\n  int held", "  int held",
     )]}, "one", LATE_EARLY),
     "one_block_too_late": ({W4: [(
         "      if (left > 2) wait(full + 8 * ahead.stage, ahead.phase);\n    } else",

@@ -453,7 +453,6 @@ __global__ void __launch_bounds__(THREADS, 1) gemm(const __grid_constant__ Probl
         if (STREAM && !segment.whole(p.k_blocks)) {
           if (!settle(p, segment, area, here.worker, here.rank, crew.band, thread, sums)) continue;
         }
-        sync_threads(1 + crew.band, 128);
         if (8 * here.split < TOKENS) store(p, tile, area, here.split, crew.band, thread, sums);
       }
     }

@@ -5,7 +5,7 @@
 
 Decides: the expected bits of each tactic: the declared sums by references/cuda_dot on the GPU, scales and bias in binary32, one
 cast. Where blocks of K are dealt out the declaration leaves open where K is cut; here it is worked out, tile by tile, from the
-number of multiprocessors, so that bits are compared there, too. Tactics of gemm_w4a8_f16.py are not checked here. Refuses
+number of multiprocessors, so that bits are compared there, too. Tactics of gemm_w4a8_f16.py are timed and not checked. Refuses
 nothing: the exit code is 1 where a bit differed or a byte outside the output changed. Needed are torch with CUDA, nvcc and a
 device of compute capability 9.0; `lowbit` may be a folder of links.
 """
@@ -25,6 +25,7 @@ import numpy as np
 import torch
 
 from lowbit.kernels.hopper_room import gemm_w4a8 as room
+from lowbit.kernels.hopper_room import gemm_w4a8_f16 as half_precision
 from lowbit.kernels.hopper_room.build import build_all
 from lowbit.references.cuda_dot import emulate_tiles
 from lowbit.references.datapaths import DATAPATHS
@@ -190,10 +191,11 @@ def check(report: dict[str, Any]) -> int:
             for name, tactic in room.TACTICS.items():
                 if not room.takes(name, variant, m, k, group, False):
                     continue
-                key = name if tactic.stream else ends_of(variant, k, group, tactic.parts)
+                ends = ends_of(variant, k, group, tactic.parts)
+                key = name if tactic.stream else ends
                 if key not in known:
                     known[key] = (dealt(sample, variant, group, tactic, n, few, products) if tactic.stream else
-                                  sums(sample, variant, group, key, products))
+                                  sums(sample, variant, group, ends, products))
                 for dtype, bias in ((torch.bfloat16, False), (torch.float16, True)):
                     pad = 8 if bias else 3
                     whole = torch.full((m + 1, n + pad), float("nan"), dtype=dtype, device="cuda")
@@ -302,8 +304,10 @@ def measured(
         size = n * k / 2 + n * k / 128 + m * k + 2 * m * n
         roof = max(size / 4.40e6, 2 * m * n * k / 1330e6)  # GB/s that a plain read reached, TFLOP/s of fp8 on random data
         for variant in variants:
-            for name, tactic in room.TACTICS.items():
-                if (wanted and name not in wanted) or not room.takes(name, variant, m, k, 128, False) or not fits(tactic, m):
+            tokens = {name: tactic.tokens for name, tactic in room.TACTICS.items()}
+            tokens |= {name: tactic.tokens for name, tactic in half_precision.TACTICS.items()}
+            for name in wanted or tokens:
+                if not room.takes(name, variant, m, k, 128, False) or not fits(tokens[name], m):
                     continue
                 if time.time() > until:
                     return
@@ -315,10 +319,10 @@ def measured(
                 yield {"variant": variant, "m": m, "n": n, "k": k, "tactic": name, "us": us, "roof_us": roof}
 
 
-def fits(tactic: room.Tactic, m: int) -> bool:
+def fits(tokens: int, m: int) -> bool:
     """Tiles whose tokens are not far from M: the others are slower by construction."""
-    tokens = 1 << (m - 1).bit_length() if m > 1 else 1
-    return min(tokens, 64) <= tactic.tokens <= max(16, 2 * tokens)
+    near = 1 << (m - 1).bit_length() if m > 1 else 1
+    return min(near, 64) <= tokens <= max(16, 2 * near)
 
 
 def main() -> int:
