@@ -1,8 +1,12 @@
 """gemm_w4a8.cu with K dealt out, run on the emulated machine of tests/hopper/emulator: cuts inside tiles, more workers than
 tiles, one multiprocessor, tails, scratch memory of any content, clusters; and what planted defects show.
 
-Expected are bits. Operands of small integers have sums that nothing rounds: what comes out is worked out in integers. Of others
-every part of K is emulated by the judge's datapath; where K is cut is counted here unit by unit.
+Decides: that bits are those expected. Operands of small integers have sums that nothing rounds: what comes out is worked out in
+integers. Of others every part of K is emulated by the judge's datapath; where K is cut is counted here unit by unit. Refuses: to
+say anything about time, or about what the head of emulated.py lists as not modelled.
+Named check_ so that `pytest` does not collect it by itself: it needs g++ and CUDA's headers:
+
+    pytest tests/hopper/check_stream.py
 """
 
 from __future__ import annotations
@@ -26,7 +30,7 @@ from lowbit.references.dot import emulate as emulate_dot
 from lowbit.references.encodings import folded_weight
 from lowbit.references.formats import E4M3FN, F32, decode
 
-sys.path.append(str(Path(__file__).parent / "hopper" / "emulator"))
+sys.path.append(str(Path(__file__).parent / "emulator"))
 import emulated
 
 PATH = DATAPATHS["hopper_wgmma_fp8"]
