@@ -187,18 +187,35 @@ DEVICE void release(uint32_t empty, int stage, int thread) {
   }
 }
 
+// A value of the thread that the compiler cannot compute anew in every round.
+DEVICE uint32_t kept(uint32_t value) { return __shfl_sync(0xFFFFFFFFu, value, threadIdx.x % 32); }
+
+struct Crew {  // a warpgroup: its band of 64 rows, which part of K of those that the block has
+  int band, half;
+  uint32_t words, scales;  // where the thread's are in the first stage
+  uint32_t half_word;      // for `expand`
+  DEVICE Crew(int warpgroup, int thread, uint32_t half_word_given) : half_word(half_word_given) {
+    band = warpgroup % BANDS, half = HALVES == 1 ? 0 : warpgroup / BANDS;
+    const int block = AT_W + (half * BANDS + band) * BLOCK_BYTES, pair = thread / 32 * 8 + thread % 32 / 4;
+    words = kept(block + 16 * thread), scales = kept(block + 4096 + 2 * (128 / GROUP) * pair);
+  }
+  DEVICE uint64_t tokens(uint32_t shared, int stage) const {
+    return sm90::descriptor_128(shared + AT_A + (stage * HALVES + half) * TILE_BYTES);
+  }
+};
+
 // What a thread takes of 64 rows by 128 k: two runs of words, and the scales of its two rows, group by group.
 struct Words {
   uint4 front, back;
   uint32_t scales;
-  DEVICE void load_front(const uint8_t* block, int thread) {
-    const int pair = thread / 32 * 8 + thread % 32 / 4;
-    front = *reinterpret_cast<const uint4*>(block + 16 * thread);
-    scales = GROUP == 128 ? *reinterpret_cast<const uint16_t*>(block + 4096 + 2 * pair)
-                          : *reinterpret_cast<const uint32_t*>(block + 4096 + 4 * pair);
+  DEVICE void load_front(const uint8_t* memory, const Crew& crew, int stage) {
+    const uint8_t* const at = memory + stage * (HALVES * BANDS * BLOCK_BYTES);
+    front = *reinterpret_cast<const uint4*>(at + crew.words);
+    scales = GROUP == 128 ? *reinterpret_cast<const uint16_t*>(at + crew.scales)
+                          : *reinterpret_cast<const uint32_t*>(at + crew.scales);
   }
-  DEVICE void load_back(const uint8_t* block, int thread) {
-    back = *reinterpret_cast<const uint4*>(block + 2048 + 16 * thread);
+  DEVICE void load_back(const uint8_t* memory, const Crew& crew, int stage) {
+    back = *reinterpret_cast<const uint4*>(memory + stage * (HALVES * BANDS * BLOCK_BYTES) + crew.words + 2048);
   }
 };
 
@@ -218,17 +235,6 @@ DEVICE void issue(float (&sums)[SUMS], const uint32_t (&a)[8], uint64_t b, int a
   sm90::Wgmma<TOKENS>::registers(sums, a + 4, b + 2, 1);
   sm90::wgmma_commit();
 }
-
-struct Crew {  // a warpgroup: its band of 64 rows, which part of K of those that the block has
-  int band, half;
-  uint32_t half_word;  // for `expand`
-  DEVICE const uint8_t* words(const uint8_t* memory, int stage) const {
-    return memory + AT_W + ((stage * HALVES + half) * BANDS + band) * BLOCK_BYTES;
-  }
-  DEVICE uint64_t tokens(uint32_t shared, int stage) const {
-    return sm90::descriptor_128(shared + AT_A + (stage * HALVES + half) * TILE_BYTES);
-  }
-};
 
 // One warpgroup's 64 rows by TOKENS over `blocks` blocks of 128 k (at least one); `sums` gets the sum, `at` goes on by as many
 // stages. While products of one half of 128 k run, the other half is expanded. Where stages suffice, the words of the next block
@@ -257,16 +263,16 @@ DEVICE void multiply(uint32_t shared, const uint8_t* memory, const Crew& crew, i
   Ring ahead = at;
   ahead.next();
   wait(full + 8 * at.stage, at.phase);
-  words.load_front(crew.words(memory, at.stage), thread);
-  words.load_back(crew.words(memory, at.stage), thread);
+  words.load_front(memory, crew, at.stage);
+  words.load_back(memory, crew, at.stage);
   if (AHEAD && blocks > 1) wait(full + 8 * ahead.stage, ahead.phase);
   expand(words.front, table, table, crew.half_word, first);
   for (int left = blocks; left > 0; --left) {
     const uint64_t b = crew.tokens(shared, at.stage);
-    const uint8_t* const next = crew.words(memory, ahead.stage);  // behind the last block: read and not used
+    const int next = ahead.stage;  // behind the last block: read and not used
     const uint32_t scales = words.scales;
     issue(part, first, b, 0);
-    if (AHEAD) words.load_front(next, thread);
+    if (AHEAD) words.load_front(memory, crew, next);
     expand(words.back, table, table, crew.half_word, second);
     if (GROUP == 64) {
       wgmma_wait<0>();
@@ -278,9 +284,9 @@ DEVICE void multiply(uint32_t shared, const uint8_t* memory, const Crew& crew, i
     ahead.next();
     if (!AHEAD) {
       if (left > 1) wait(full + 8 * at.stage, at.phase);
-      words.load_front(next, thread);
+      words.load_front(memory, crew, next);
     }
-    words.load_back(next, thread);
+    words.load_back(memory, crew, next);
     wgmma_wait<1>();
     expand(words.front, table, table, crew.half_word, first);
     if (AHEAD && left > 2) wait(full + 8 * ahead.stage, ahead.phase);  // and keeps what was expanded ahead of the next line
@@ -300,19 +306,19 @@ DEVICE void multiply(uint32_t shared, const uint8_t* memory, const Crew& crew, i
   Ring ahead = at;
   ahead.next();
   wait(full + 8 * at.stage, at.phase);
-  words.load_front(crew.words(memory, at.stage), thread);
-  words.load_back(crew.words(memory, at.stage), thread);
+  words.load_front(memory, crew, at.stage);
+  words.load_back(memory, crew, at.stage);
   uint4 upper = tables[words.scales & 0xFF], lower = tables[words.scales >> 8 & 0xFF];
   if (AHEAD && blocks > 1) wait(full + 8 * ahead.stage, ahead.phase);
   int held = 0;  // the stage before, which products in flight may still read
   for (int left = blocks; left > 0; --left) {
     const uint64_t b = crew.tokens(shared, at.stage);
-    const uint8_t* const next = crew.words(memory, ahead.stage);  // behind the last block: read and not used
+    const int next = ahead.stage;  // behind the last block: read and not used
     wgmma_wait<1>();  // the first half of the block before is done: its registers are free
     expand(words.front, upper, lower, crew.half_word, first);
     issue(sums, first, b, left < blocks);
     if (GROUP == 64) upper = tables[words.scales >> 16 & 0xFF], lower = tables[words.scales >> 24];
-    if (AHEAD) words.load_front(next, thread);
+    if (AHEAD) words.load_front(memory, crew, next);
     wgmma_wait<1>();  // the whole block before is done
     if (left < blocks) release(empty, held, thread);
     expand(words.back, upper, lower, crew.half_word, second);
@@ -320,13 +326,13 @@ DEVICE void multiply(uint32_t shared, const uint8_t* memory, const Crew& crew, i
     held = at.stage, at = ahead;
     ahead.next();
     if (AHEAD) {
-      words.load_back(next, thread);
+      words.load_back(memory, crew, next);
       upper = tables[words.scales & 0xFF], lower = tables[words.scales >> 8 & 0xFF];
       if (left > 2) wait(full + 8 * ahead.stage, ahead.phase);
     } else {
       if (left > 1) wait(full + 8 * at.stage, at.phase);
-      words.load_front(next, thread);
-      words.load_back(next, thread);
+      words.load_front(memory, crew, next);
+      words.load_back(memory, crew, next);
       upper = tables[words.scales & 0xFF], lower = tables[words.scales >> 8 & 0xFF];
     }
   }
@@ -423,9 +429,7 @@ __global__ void __launch_bounds__(THREADS, 1) gemm(const __grid_constant__ Probl
     const int thread = threadIdx.x % 128;
     for (int i = threadIdx.x - 128; i < TABLES; i += THREADS - 128) reinterpret_cast<uint4*>(memory + AT_TABLE)[i] = table_of(i);
     sync_threads(1 + BANDS, THREADS - 128);
-    Crew crew;
-    crew.band = (warpgroup - 1) % BANDS, crew.half = HALVES == 1 ? 0 : (warpgroup - 1) / BANDS;
-    crew.half_word = p.half_word;
+    const Crew crew(warpgroup - 1, thread, p.half_word);
     const Area area = {shared + AT_EPILOGUE, memory + AT_EPILOGUE};
     launch_wait();
     Ring at;
