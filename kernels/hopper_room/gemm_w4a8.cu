@@ -5,8 +5,8 @@
 // Decides: 64 weight rows are the M side of wgmma, TOKENS rows of A its N side; weights go from int4 to e4m3 in registers
 // through a table of sixteen bytes, activations stay as they are in shared memory. EXACT = 0: the table holds RNE(q s) of the
 // row's group, one sum over K. EXACT = 1: the table holds q, the sum of each group is multiplied into a running f32 total.
-// A block has BANDS bands of 64 rows and stays: it takes tiles in turn, or (STREAM) an equal share of the blocks of k of all tiles
-// where tiles do not come out even; sums of shared tiles meet in the workspace (gemm_w4a8_tiles.cuh). CLUSTER blocks with
+// A block has BANDS bands of 64 rows and stays: it takes tiles in turn, or (STREAM) an equal share of the blocks of k of those
+// tiles that do not come out even; sums of shared tiles meet in the workspace (gemm_w4a8_tiles.cuh). CLUSTER blocks with
 // neighbouring bands load A once for all. Or the SPLITS blocks of a cluster cut K; each cuts its part among HALVES warpgroups per
 // band. Sums of all parts are added in ascending order. Two threads copy, BANDS x HALVES warpgroups
 // multiply.
@@ -145,7 +145,8 @@ DEVICE void copy_tiles(const Problem& p, const CUtensorMap* map, uint32_t shared
           const uint8_t* from = packed(p, tile, 0, k);
 #pragma unroll
           for (int band = 0; band < BANDS; ++band) {
-            copy_bulk(shared + AT_W + ((ring.stage * HALVES + h) * BANDS + band) * BLOCK_BYTES, from, BLOCK_BYTES, barrier, policy);
+            const uint32_t to = shared + AT_W + ((ring.stage * HALVES + h) * BANDS + band) * BLOCK_BYTES;
+            copy_bulk(to, from, BLOCK_BYTES, barrier, policy);
             if (tile.block + band + 1 < p.n_blocks) from += (long long)p.k_blocks * BLOCK_BYTES;  // as `packed` does
           }
         } else {
@@ -482,8 +483,8 @@ __global__ void zero(unsigned* counters, int count) {
 
 // a: e4m3 [m, k], a_stride bytes between rows, both multiples of 16. weights: packed, experts one after the other. token_scale
 // f32 [m], channel_scale f32 [experts, n], bias [experts, n] in the output format or null, d [m, n] with d_stride elements
-// between rows; counts int32 [experts] or null for one expert. half: 0 for bf16, 1 for f16. m > 0. workspace: at a multiple of 16,
-// or null where its bytes are 0; it may hold anything. Returns a cudaError_t; never waits.
+// between rows; counts int32 [experts] or null for one expert. half: 0 for bf16, 1 for f16. m > 0. workspace: at a multiple of
+// 16, or null where its bytes are 0; it may hold anything. Returns a cudaError_t; never waits.
 extern "C" int lowbit_gemm_w4a8(const void* a, long long a_stride, const void* weights, const void* token_scale,
                                 const void* channel_scale, const void* bias, void* d, long long d_stride, const void* counts,
                                 long long m, long long n, long long k, long long experts, int half, void* workspace,

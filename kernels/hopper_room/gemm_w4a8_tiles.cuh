@@ -1,10 +1,10 @@
-// What the kernels of gemm_w4a8_fp8 have in common: tiles of D and their order, sums that several workers share, scales, bias, cast
-// and the way to D.
+// What the kernels of gemm_w4a8_fp8 have in common: tiles of D and their order, sums that several workers share, scales, bias,
+// cast and the way to D.
 //
-// Decides: sums of a tile whose K is dealt out go through slots of the workspace; whoever comes last adds all of them in ascending
-// order of k and stores. Whoever that is, the order of additions is the same: for one shape, tactic and number of workers the bits
-// are. Nobody waits for anybody, so blocks need not run at the same time. The counters have to be zeros before a block that
-// counts has passed `launch_wait`.
+// Decides: sums of a tile whose K is dealt out go through slots of the workspace; whoever comes last adds all of them in
+// ascending order of k and stores. Whoever that is, the order of additions is the same: for one shape, tactic and number of
+// workers the bits are. Nobody waits for anybody, so blocks need not run at the same time. The counters have to be zeros before
+// a block that counts has passed `launch_wait`.
 // Refuses nothing: gemm_w4a8.py does.
 //
 // Macros of the including source: GROUP, TOKENS, BANDS (of 64 rows of W in a block), SPLITS (blocks that share the sums of a tile
@@ -97,8 +97,8 @@ struct Area {  // EPILOGUE_BYTES at a multiple of 128
 
 // Hands in a warpgroup's sums over a segment of a tile that is cut. True for the last to come: its sums are then those of the
 // whole tile. All 128 threads of a band call it; it uses barrier 1 + band.
-DEVICE bool settle(const Problem& p, const schedule::Segment& segment, const Area& area, int worker, int rank, int band, int thread,
-                   float (&sums)[SUMS]) {
+DEVICE bool settle(const Problem& p, const schedule::Segment& segment, const Area& area, int worker, int rank, int band,
+                   int thread, float (&sums)[SUMS]) {
   using namespace sm90;
   const schedule::Deal& deal = p.deal;
   const int first = deal.first(segment.tile), last = deal.last(segment.tile), place = rank * BANDS + band;
@@ -234,7 +234,8 @@ DEVICE void store(const Problem& p, const Tile& tile, const Area& area, int spli
 
 // The parts of `Problem` that say what is where; `deal`, `slots` and `counters` are for `plan`.
 inline Problem problem_of(const void* weights, const void* token_scale, const void* channel_scale, const void* bias, void* d,
-                          long long d_stride, const void* counts, long long m, long long n, long long k, long long experts, int half) {
+                          long long d_stride, const void* counts, long long m, long long n, long long k, long long experts,
+                          int half) {
   Problem p = {};
   p.weights = (const uint8_t*)weights, p.token_scale = (const float*)token_scale, p.channel_scale = (const float*)channel_scale;
   p.bias = (const uint16_t*)bias, p.d = (uint16_t*)d, p.counts = (const int*)counts, p.stride = d_stride;
