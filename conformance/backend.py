@@ -119,7 +119,7 @@ EXECUTIONS = ("executed", "emulated", "compiled")
 """Where the arithmetic of a backend happens, the most that can be said first."""
 
 
-NEVER_EXECUTED = "compiled, never executed on a device"
+NEVER_EXECUTED = "compiled, not executed on this machine"
 """What is said of every problem of a backend that cannot run where it is judged; its reasons begin with these words."""
 
 

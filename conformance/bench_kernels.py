@@ -324,6 +324,20 @@ def _group(problem: Problem) -> tuple[Any, ...]:
     return problem.op, problem.variant, problem.options, tuple(pair for pair in problem.dims if pair[0] != "m")
 
 
+def _check_names(problems: Sequence[Problem], peers: Sequence[tuple[Any, bool]]) -> None:
+    """Figures are kept by name: raises DomainError where two peers of one problem have the same."""
+    for problem in problems:
+        found: dict[str, Any] = {}
+        for peer, by_file in peers:
+            for name in (subject.name for subject in subjects_of(peer, problem, by_file)):
+                if name in found:
+                    raise DomainError(
+                        f"bench {problem}: two peers are called {name!r}, a tactic or name of {found[name].name} and one of "
+                        f"{peer.name}; expected a name for each: name a peer once, and rename the tactic of one"
+                    )
+                found[name] = peer
+
+
 def bench(
     plan: BenchPlan, backend: Any, peers: Sequence[tuple[Any, bool]], watch: Watch,
     on_row: Callable[[Mapping[str, float], Sequence[Row]], None] = lambda rates, rows: None,
@@ -331,11 +345,13 @@ def bench(
     """(measured rates, rows) of a plan. `peers`: (backend, whether it was brought along by file). `on_row` is told the rates and
     the rows so far after each. A problem that the backend does not take has no row. A peer that raises is left out of the row,
     with what it said in `peer_errors`.
-    Raises DomainError where the backend takes none of the problems, BenchError where one of its own kernels raises."""
+    Raises DomainError where the backend takes none of the problems or two peers of one problem have one name, BenchError where
+    one of its own kernels raises."""
     wanted = [problem for problem in problems_of(plan) if backend.supports(problem) is None]
     if not wanted:
         first = problems_of(plan)[0]
         raise DomainError(f"bench: {backend.name} takes none of the problems; of {first} it says: {backend.supports(first)}")
+    _check_names(wanted, peers)
     demands = {problem: roof_of(ops()[problem.op], problem) for problem in wanted}
     rates = watch.ceilings(sorted({kind for *_, kind in demands.values() if kind}))
     rows: list[Row] = []

@@ -14,12 +14,13 @@ import numpy.typing as npt
 
 from lowbit.references.datapaths import DATAPATHS, Family
 from lowbit.references.declarations import Claim, Contraction, Declaration, Order, Step, StepKind, signature
-from lowbit.references.formats import Codes, Format, Reals, code_of_key, container, decode, is_nan, order_key
+from lowbit.references.formats import BF16, Codes, Format, Reals, code_of_key, container, decode, is_nan, order_key
 from lowbit.references.interpret import Interval, bound, emulate, ideal
 from lowbit.references.rounding import Overflow, Rounding, encode
 
 from .case import Case, Operands, Problem, Stream, Tensor
 from .op import Expectation, Flag, Op, Role, specs_of, tensors_of
+from .op import Family as TensorFamily
 
 __all__ = [
     "FAULTS", "SAMPLE_PRODUCTS", "Sample", "accumulator_bits", "check_declaration", "gemm_expect", "power", "restrict",
@@ -188,8 +189,11 @@ def restrict(
 
 # Power ---------------------------------------------------------------------------------------------------------------
 
-FAULTS = ("zero_output", "k_block_dropped", "scale_step", "weight_step", "bias_dropped", "lora_dropped")
-"""Fault classes whose trace each bounded case is searched for."""
+FAULTS = ("zero_output", "k_block_dropped", "scale_step", "weight_step", "outer_scales_cut", "bias_dropped", "lora_dropped")
+"""Fault classes whose trace each case of a product is searched for (clause PWR-1)."""
+
+
+_OUTER = (TensorFamily.OUTER_SCALE, TensorFamily.GLOBAL_SCALE)
 
 
 def _stepped(codes: Codes, fmt: Format, place: tuple[int, ...]) -> Codes:
@@ -206,6 +210,19 @@ def _replace(operands: Operands, name: str, codes: Codes) -> Operands:
     tensors = dict(operands.tensors)
     tensors[name] = Tensor(codes, tensors[name].format)
     return Operands(tensors)
+
+
+def _cut_outer_scales(op: Op, problem: Problem, operands: Operands) -> Operands | None:
+    """Operands whose scales after the sum are rounded to bf16 (RNE); None where every one of them is a bf16 value or NaN."""
+    cut = operands
+    for spec in tensors_of(op, problem):
+        if spec.family in _OUTER and spec.name in operands:
+            codes, fmt = operands[spec.name].codes, spec.format
+            values = decode(encode(decode(codes, fmt), BF16, Rounding.RNE, Overflow.SPECIAL), BF16)
+            rounded = np.where(is_nan(codes, fmt), codes, encode(values, fmt, Rounding.RNE, Overflow.SPECIAL))
+            if (rounded != codes).any():
+                cut = _replace(cut, spec.name, rounded.astype(codes.dtype))
+    return None if cut is operands else cut
 
 
 def _faulty(op: Op, case: Case, operands: Operands) -> dict[str, Operands]:
@@ -231,6 +248,9 @@ def _faulty(op: Op, case: Case, operands: Operands) -> dict[str, Operands]:
             index = (*((0,) * (scales.codes.ndim - 1)), place * groups // k)
             if groups and not is_nan(scales.codes[index].reshape(1), scales.format).any():
                 found["scale_step"] = _replace(operands, name, _stepped(scales.codes, scales.format, index))
+    outer = _cut_outer_scales(op, case.problem, operands)
+    if outer is not None:
+        found["outer_scales_cut"] = outer
     for name, fault in (("bias", "bias_dropped"), ("lora_act", "lora_dropped")):
         if name in operands and operands[name].codes.size:
             found[fault] = _replace(operands, name, np.zeros_like(operands[name].codes))

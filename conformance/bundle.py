@@ -35,9 +35,14 @@ from .selection import CONTRACT
 from .verdict import FAILING, Execution, Kernel, Verdict, digest_outputs
 from .worker import Ending, Fault, Outcome, Worker, WorkerError
 
-__all__ = ["SCHEMA", "Bundle", "bundled", "capture", "declaration_from_data", "declaration_to_data", "load", "record", "replay"]
+__all__ = [
+    "ATTEMPTS", "SCHEMA", "Bundle", "bundled", "capture", "declaration_from_data", "declaration_to_data", "load", "record",
+    "replay",
+]
 
 SCHEMA = "lowbit-bundle/2"
+ATTEMPTS = 8
+"""Runs in which `record` looks for a failure that was seen."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -58,6 +63,17 @@ class Bundle:
     def outputs(self) -> Mapping[str, Codes]:
         """Codes of every output, by name."""
         return self.outcome.outputs
+
+    @property
+    def output_sha256(self) -> str:
+        """Digest of the outputs, as a verdict holds it."""
+        return digest_outputs(self.outputs)
+
+    @property
+    def fails(self) -> bool:
+        """Whether the outputs are judged to fail."""
+        op = ops()[self.case.problem.op]
+        return rejudge(op, self.case, self.operands, self.declaration, self.outcome).status in FAILING
 
 
 # Declarations as plain data ------------------------------------------------------------------------------------------
@@ -151,7 +167,7 @@ def _store(path: Path, bundle: Bundle) -> None:
         "poison": outcome.poison,
         "findings": list(outcome.findings),
         "operands_sha256": bundle.operands.sha256(),
-        "outputs_sha256": digest_outputs(bundle.outputs),
+        "outputs_sha256": bundle.output_sha256,
     }
     report.write_bytes_atomically(path, save(tensors, metadata={"lowbit": json.dumps(header, sort_keys=True)}))
 
@@ -189,18 +205,24 @@ def capture(text: str, backend: str, tactic: str, *, timeout: float = 60.0, extr
                 reason = outcome.reason or "it gave no output"
                 raise WorkerError(Fault(outcome.status, f"{backend} gives nothing to look at for {text}: {reason}", outcome.log))
             found = Bundle(case, batch, backend, tactic, declaration, operands, outcome, execution)
-            if rejudge(op, case, operands, declaration, outcome).status in FAILING:
+            if found.fails:
                 return found
             first = first or found
     assert first is not None
     return first
 
 
-def record(text: str, backend: str, tactic: str, path: Path, *, timeout: float = 60.0, extra: tuple[str, ...] = ()) -> Bundle:
-    """`capture` into a file. Raises also ReportError for a declaration that plain data cannot hold, OutputError."""
-    bundle = capture(text, backend, tactic, timeout=timeout, extra=extra)
-    _store(path, bundle)
-    return bundle
+def record(
+    text: str, backend: str, tactic: str, path: Path, *, timeout: float = 60.0, extra: tuple[str, ...] = (), failing: bool = False
+) -> Bundle | None:
+    """`capture` into a file. `failing`: the case was seen to fail; it is captured again, `ATTEMPTS` times at most, until it does,
+    and None says that it never did. Raises also ReportError for a declaration that plain data cannot hold, OutputError."""
+    for _ in range(ATTEMPTS):
+        bundle = capture(text, backend, tactic, timeout=timeout, extra=extra)
+        if not failing or bundle.fails:
+            _store(path, bundle)
+            return bundle
+    return None
 
 
 def load(path: Path) -> Bundle:
@@ -315,5 +337,5 @@ def replay(path: Path) -> Verdict:
         ulp_histogram=judged.ulp_histogram,
         power=found.power,
         heat=judged.heat,
-        output_sha256=digest_outputs(bundle.outputs),
+        output_sha256=bundle.output_sha256,
     )

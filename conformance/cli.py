@@ -6,6 +6,7 @@ user can cause is one sentence; a defect of lowbit itself saves its traceback an
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import sys
@@ -23,7 +24,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from . import report as reports
@@ -34,7 +35,7 @@ from .exit_codes import ExitCode
 from .op import DomainError
 from .ops import ops
 from .report import MergeError, OutputError, ReportError
-from .selection import CONTRACT, case_list
+from .selection import CONTRACT, PER_OP, REPEATS, case_list
 from .verdict import FAILING, Status, Verdict
 from .waivers import WaiverError
 from .worker import WorkerError
@@ -49,6 +50,7 @@ app = typer.Typer(
 
 _out = Console(highlight=False, soft_wrap=True)
 _err = Console(stderr=True, highlight=False, soft_wrap=True)
+_LONGEST = 1_000_000  # seconds of a timeout: what a system call waits for at most is not much more
 _WITHOUT_OUTPUT = (Status.UNSUPPORTED, Status.RAISED, Status.CRASHED, Status.TIMEOUT)
 _COLOUR = {Status.EXACT: "green", Status.WITHIN: "green", Status.UNSUPPORTED: "dim", Status.WAIVED: "yellow"}
 
@@ -61,9 +63,17 @@ def _writable(path: Path | None) -> Path | None:
     return path
 
 
+def _seconds(value: float) -> float:
+    """A time that can be waited for."""
+    if not 0 < value <= _LONGEST:
+        raise Stop(ExitCode.USAGE, f"--timeout {value:g}: expected seconds above 0, at most {_LONGEST:,}")
+    return value
+
+
 JsonOption = Annotated[
     Path | None, typer.Option("--json", callback=_writable, help="Also write the figures to this file as JSON.")
 ]
+TimeoutOption = Annotated[float, typer.Option(callback=_seconds, help="Seconds that one call of the backend may take.")]
 BackendOption = Annotated[str, typer.Option("--backend", "-b", help="Backend: NAME, NAME:ARGUMENT or python:FILE.py:ATTRIBUTE.")]
 
 
@@ -90,17 +100,33 @@ def _write_json(path: Path | None, data: Any) -> None:
 
 @app.command("list")
 def list_(
-    what: Annotated[str, typer.Argument(help="ops, cases, backends, datapaths, recipes or layouts")] = "ops",
-    op: Annotated[str, typer.Option(help="For cases: only this op.")] = "",
+    what: Annotated[
+        str, typer.Argument(help="ops, tensors, options, constraints, cases, backends, datapaths, recipes or layouts")
+    ] = "ops",
+    op: Annotated[
+        str, typer.Option(help="For tensors, options, constraints, and cases (those that all backends share): only this op.")
+    ] = "",
     json_path: JsonOption = None,
 ) -> None:
-    """List what there is: ops, cases, backends, datapaths, recipes, layouts."""
+    """List what there is: ops with their tensors, options and constraints, cases, backends, datapaths, recipes, layouts."""
     from lowbit.references.datapaths import DATAPATHS
     from lowbit.references.layouts import LAYOUTS
     from lowbit.references.recipes import RECIPES
 
     rooms: dict[str, Any] = {
         "ops": lambda: [(o.name, o.formula, ", ".join(o.variants), str(len(o.patterns))) for o in ops().values()],
+        "tensors": lambda: [
+            (
+                name, spec.name, spec.role.name.lower(), str(getattr(spec.format, "name", f"by option {spec.format}")),
+                f"[{', '.join(spec.shape)}]", " and ".join(f"{key}: {' or '.join(tokens)}" for key, tokens in spec.when),
+                spec.layout,
+            )
+            for name in _names(op) for spec in ops()[name].tensors
+        ],
+        "options": lambda: [
+            (name, option.name, ", ".join(option.tokens)) for name in _names(op) for option in ops()[name].options
+        ],
+        "constraints": lambda: [(name, rule.clause, rule.expression) for name in _names(op) for rule in ops()[name].constraints],
         "cases": lambda: [
             (str(item.case), item.lane, f"L{item.level}") for name in _names(op) for item in case_list(ops()[name])
         ],
@@ -114,6 +140,8 @@ def list_(
     }
     heads = {
         "ops": ("op", "formula", "variants", "patterns"), "cases": ("case", "lane", "level"),
+        "tensors": ("op", "tensor", "role", "format", "shape", "where", "layout"),
+        "options": ("op", "option", "tokens, the default first"), "constraints": ("op", "clause", "must hold"),
         "backends": ("backend", "target", "status"),
         "datapaths": ("datapath", "family", "products", "fraction bits", "output bits", "evidence", "source"),
         "recipes": ("recipe", "source"), "layouts": ("layout", "source"),
@@ -126,7 +154,7 @@ def list_(
         for row in rows:
             print("\t".join(row))
         return
-    table = Table(*heads[what], box=None, pad_edge=False)
+    table = Table(*(Column(head, overflow="fold") for head in heads[what]), box=None, pad_edge=False)
     for row in rows:
         table.add_row(*(escape(text) for text in row))
     _out.print(table)
@@ -241,9 +269,9 @@ def certify(
     target: Annotated[str, typer.Option(help="Certify the backend of this target (cuda, ascend, rocm, xpu, cpu).")] = "",
     waivers: Annotated[Path | None, typer.Option(help="Waiver file (TOML).")] = None,
     tensors: Annotated[str, typer.Option(help="FILE.safetensors[:GLOB]: add a lane of real weights.")] = "",
-    per_op: Annotated[int, typer.Option(help="Drawn cases per op.")] = 170,
-    timeout: Annotated[float, typer.Option(help="Seconds a case may take.")] = 60.0,
-    repeats: Annotated[int, typer.Option(help="Repeats of a stability case (L3).")] = 100,
+    per_op: Annotated[int, typer.Option(min=1, help="Drawn cases per op; fewer than 170 is a shortened run: no level.")] = PER_OP,
+    timeout: TimeoutOption = 60.0,
+    repeats: Annotated[int, typer.Option(min=1, help="Repeats of a stability case (L3); fewer than 100: no level.")] = REPEATS,
     require_device: Annotated[
         bool, typer.Option("--require-device", help="Fail unless every claimed op ran on the device.")
     ] = False,
@@ -257,6 +285,8 @@ def certify(
 
     if not backend and not target:
         raise Stop(ExitCode.USAGE, "certify needs a backend, for example `lowbit certify cpu`, or --target")
+    if backend and target:
+        raise Stop(ExitCode.USAGE, f"certify got a backend, {backend}, and --target {target}: expected one of the two")
     names = (backend,) if backend else _for_target(target)
     plans = [
         run.Plan(
@@ -291,14 +321,19 @@ def _certified(plan: Any, out: Path, level: str, resume: bool, power: reports.St
     progress: dict[str, Any] = {}
 
     def start(total: int, session: Any) -> None:
-        if not resume:
-            partial.unlink(missing_ok=True)
+        marks = run.marks_of(plan, session)
+        if resume and partial.exists():
+            reports.check_partial(partial, marks)
+        else:
+            reports.begin_partial(partial, marks)
         progress["context"] = _progress(total, f"certify {session.name} {level}")
         progress["step"] = progress["context"].__enter__()
 
     def verdict(found: Verdict) -> None:
         reports.append_verdict(partial, found)
-        progress["step"](found.case.split("/")[0])
+        if progress.get("case") != found.case:  # one step for all tactics of a case
+            progress["case"] = found.case
+            progress["step"](found.case.split("/")[0])
         if found.status in FAILING:
             _show(found)
 
@@ -328,6 +363,7 @@ def _strength(path: Path) -> reports.Strength:
 def _figures(result: reports.Report) -> dict[str, Any]:
     return {
         "backend": result.subject.reference, "contract": result.contract, "level": result.level_granted,
+        "shortened": reports.shortened(result.run, result.level_requested),
         "statuses": dict(result.totals.statuses), "cases": result.totals.cases, "seconds": result.run.seconds,
         "products": result.coverage.products, "median_k": result.coverage.median_k,
         "problems": dict(result.coverage.problems), "long_k": dict(result.coverage.long_k), "peak_bytes": result.peak_bytes,
@@ -343,8 +379,11 @@ def _summary(result: reports.Report, out: Path) -> None:
     _out.print(f"  {counts}; {cases:,} cases, {products:,} products, {seconds:,.0f} s", markup=False)
     if result.audits:
         _out.print(f"  accumulators: {headline(result.audits)}", markup=False)
+    short = reports.shortened(result.run, result.level_requested)
+    if short:
+        _out.print(f"  {short}; a level asks for the whole list", markup=False)
     for row in result.levels:
-        if row.outcome == "refused":
+        if row.outcome == "refused" and row.reasons != (short,):
             for reason in row.reasons[:8]:
                 _out.print(f"  L{row.level} {row.name} refused: {reason}", markup=False)
     _out.print(f"  report: {out / 'report.html'}", markup=False)
@@ -364,6 +403,8 @@ def _end(result: reports.Report, require_device: bool) -> None:
     if require_device and reports.unexecuted(result):
         missing = ", ".join(reports.unexecuted(result))
         raise Stop(ExitCode.NOTHING_TO_CERTIFY, f"--require-device: not executed on the device: {missing}")
+    if reports.shortened(result.run, result.level_requested):
+        return  # it asks for no level
     if whole and result.level_granted != result.level_requested:
         raise Stop(ExitCode.FAILED, f"level L{result.level_requested} was asked for and is not granted; the report says why")
 
@@ -376,7 +417,7 @@ def run_(
     case: Annotated[str, typer.Argument(help="A case id.")], backend: BackendOption = "cpu",
     tactic: Annotated[str, typer.Option(help="Only this tactic.")] = "",
     bundle: Annotated[Path | None, typer.Option(help="Write operands, outputs and expectation to this file.")] = None,
-    timeout: Annotated[float, typer.Option(help="Seconds the case may take.")] = 60.0,
+    timeout: TimeoutOption = 60.0,
     tensors: Annotated[str, typer.Option(help="FILE.safetensors[:GLOB] of a case of real weights.")] = "",
     json_path: JsonOption = None,
 ) -> None:
@@ -393,12 +434,18 @@ def run_(
     for verdict in found:
         _print_verdict(verdict)
     shown = next((verdict for verdict in found if verdict.status in FAILING), found[0])
+    _write_json(json_path, [json.loads(reports.verdict_json(verdict)) for verdict in found])
     if bundle is not None and shown.status in _WITHOUT_OUTPUT:
         _out.print(f"no bundle: {shown.status} leaves no output to store", markup=False)
     elif bundle is not None:
-        bundles.record(case, backend, shown.tactic, bundle, timeout=timeout)
-        _out.print(f"bundle: {bundle}", markup=False)
-    _write_json(json_path, [json.loads(reports.verdict_json(verdict)) for verdict in found])
+        kept = bundles.record(case, backend, shown.tactic, bundle, timeout=timeout, failing=shown.status in FAILING)
+        if kept is None:
+            said = f"no bundle: run again {bundles.ATTEMPTS} times the case passed; the kernel does not repeat its bits"
+            _out.print(said, markup=False)
+        else:
+            _out.print(f"bundle: {bundle}", markup=False)
+        if kept is not None and not kept.batch and kept.output_sha256 != shown.output_sha256:
+            _out.print("  of a second run, whose bits are not those judged above: the kernel does not repeat them", markup=False)
     _end_verdicts(found)
 
 
@@ -447,7 +494,7 @@ def explain(
 def reduce(
     case: Annotated[str, typer.Argument(help="A failing case id.")], backend: BackendOption = "cpu",
     tactic: Annotated[str, typer.Option(help="Only this tactic.")] = "default",
-    timeout: Annotated[float, typer.Option(help="Seconds a try may take.")] = 60.0,
+    timeout: TimeoutOption = 60.0,
     tensors: Annotated[str, typer.Option(help="FILE.safetensors[:GLOB] of a case of real weights.")] = "",
     json_path: JsonOption = None,
 ) -> None:
@@ -498,8 +545,8 @@ def diff(before: Path, after: Path, json_path: JsonOption = None) -> None:
 
 @app.command()
 def verify(report: Path, json_path: JsonOption = None) -> None:
-    """Check a report: schema, totals, digest, waivers, freshness."""
-    findings = reports.verify(report, datetime.now(UTC), contract=CONTRACT)
+    """Check a report: schema, totals, digest, waivers, freshness, and that its cases are the contract's."""
+    findings = _findings(report)
     for finding in findings:
         _out.print(finding, markup=False)
     _write_json(json_path, list(findings))
@@ -529,7 +576,7 @@ def merge(
 def audit(
     backend: Annotated[str, typer.Argument(help="Backend: NAME, NAME:ARGUMENT or python:FILE.py:ATTRIBUTE.")],
     ops_: Annotated[str, typer.Option("--ops", help="Only these ops, comma separated.")] = "",
-    timeout: Annotated[float, typer.Option(help="Seconds a probe may take.")] = 60.0, json_path: JsonOption = None,
+    timeout: TimeoutOption = 60.0, json_path: JsonOption = None,
 ) -> None:
     """Probe the accumulators of a backend: fingerprint, and whether its declarations are true."""
     from . import audit as room
@@ -704,9 +751,16 @@ def eval_(
         raise Stop(ExitCode.FAILED, "the backend DRIFTS from the reference arithmetic")
 
 
+def _findings(path: Path) -> Sequence[str]:
+    """What is wrong with a report: with its text and, where that is sound, with its list of cases."""
+    from . import run
+
+    return reports.verify(path, datetime.now(UTC), contract=CONTRACT) or run.misselected(reports.load(path))
+
+
 def _held(certificate: Path) -> reports.Report:
     """A report that `lowbit verify` finds nothing in. Stops with code 3 where it does."""
-    findings = reports.verify(certificate, datetime.now(UTC), contract=CONTRACT)
+    findings = _findings(certificate)
     if findings:
         raise Stop(ExitCode.BAD_INPUT, f"certificate {certificate}: {'; '.join(findings[:3])}")
     return reports.load(certificate)
@@ -735,33 +789,49 @@ def main(arguments: Sequence[str] | None = None) -> None:
     raise SystemExit(int(_main(arguments)))
 
 
-def _interrupted() -> ExitCode:
+def _interrupted(words: Sequence[str]) -> ExitCode:
     """Ctrl-C, which typer returns as a number or raises, by version."""
-    _err.print("lowbit: interrupted; the verdicts so far are in verdicts.jsonl, continue with --resume", markup=False)
+    kept = "; the verdicts so far are in verdicts.jsonl, continue with --resume" if words[0] == "certify" else ""
+    _err.print(f"lowbit: interrupted{kept}", markup=False)
     return ExitCode.INTERRUPTED
 
 
+def _sentence_of(error: Exception) -> tuple[ExitCode, str] | None:
+    """Code and sentence of an error that is no defect of lowbit; None where it is one."""
+    code = next((code for kind, code in _SENTENCES if isinstance(error, kind)), None)
+    if code is not None:
+        return code, str(error)
+    if hasattr(error, "format_message"):  # typer's own errors, whose class moved between its versions
+        return ExitCode.USAGE, str(error.format_message())
+    if isinstance(error, MemoryError):
+        said = str(error) or "a tensor could not be allocated"
+        return ExitCode.USAGE, f"this machine has too little memory: {said}; take a smaller case"
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        return ExitCode.NOT_WRITABLE, f"no space left on the device that {error.filename or 'the output'} lies on"
+    if isinstance(error, RecursionError) and Path(traceback.extract_tb(error.__traceback__)[-1].filename).parent.name == "json":
+        return ExitCode.BAD_INPUT, "a file given is nested deeper than any that lowbit writes"
+    return None
+
+
 def _main(arguments: Sequence[str] | None) -> ExitCode:
+    words = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
     try:
-        ended = app(args=list(sys.argv[1:] if arguments is None else arguments) or ["--help"], standalone_mode=False)
-        return _interrupted() if ended == ExitCode.INTERRUPTED else ExitCode.REACHED
+        ended = app(args=words, standalone_mode=False)
+        return _interrupted(words) if ended == ExitCode.INTERRUPTED else ExitCode.REACHED
     except Stop as stop:
         if stop.message:
             _err.print(f"lowbit: {stop.message}", markup=False)
         return stop.code
     except (typer.Abort, KeyboardInterrupt):
-        return _interrupted()
+        return _interrupted(words)
     except WorkerError as error:
         _err.print(f"lowbit: {str(error).removeprefix(_LOADING)}", markup=False)
         return _worker_code(error)
     except Exception as error:
-        code = next((code for kind, code in _SENTENCES if isinstance(error, kind)), None)
-        if code is None and hasattr(error, "format_message"):  # typer's own errors, whose class moved between its versions
-            _err.print(f"lowbit: {error.format_message()}", markup=False)
-            return ExitCode.USAGE
-        if code is not None:
-            _err.print(f"lowbit: {error}", markup=False)
-            return code
+        known = _sentence_of(error)
+        if known is not None:
+            _err.print(f"lowbit: {known[1]}", markup=False)
+            return known[0]
         with tempfile.NamedTemporaryFile("w", prefix="lowbit-", suffix=".log", delete=False) as log:
             traceback.print_exc(file=log)
         said = f"{type(error).__name__}: {error}"

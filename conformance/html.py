@@ -23,7 +23,7 @@ from .audit_readings import FIELDS
 from .audit_table import HEADS, headline, name_of, row_of, unread
 from .backend import NEVER_EXECUTED
 from .case import Case
-from .report import AS_CONTRACT, CONSISTENT, REFUTED, CodeCoverage, Report, op_of, sentence, where_executed
+from .report import AS_CONTRACT, CONSISTENT, REFUTED, CodeCoverage, Report, op_of, sentence, shortened, where_executed
 from .verdict import FAILING, PASSING, Status, Verdict
 
 __all__ = ["SECTIONS", "page"]
@@ -319,7 +319,8 @@ def _summary(report: Report) -> str:
     if report.level_granted is None:
         if where == NEVER_EXECUTED:
             return f"No level is granted: {where}."
-        why = f"{failing:,} of {report.totals.selected:,} verdicts fail" if failing else "see the reasons below"
+        why = shortened(report.run, report.level_requested) or "see the reasons below"
+        why = f"{failing:,} of {report.totals.selected:,} verdicts fail" if failing else why
         return f"No level is granted: {why}."
     told = {"executed": "Executed on the device of the target.",
             "emulated": "Emulated: nothing ran on the device of the target.",
@@ -349,5 +350,6 @@ def page(report: Report) -> str:
         residue_rows=residue_rows, mutants=_mutants(report), waivers=_waivers(report), reasons_shown=_REASONS_SHOWN,
         cases=_case_rows(report.verdicts), as_contract=AS_CONTRACT, size=_bytes, time=_time, duration=_duration, number=_number,
         audits=_audits(report), audit_heads=[HEADS[name] for name in FIELDS], unread=unread(report.audits),
-        told=headline(report.audits), failing_statuses=sorted(map(str, FAILING)), passing_statuses=sorted(map(str, PASSING)),
+        told=headline(report.audits), short=shortened(report.run, report.level_requested),
+        failing_statuses=sorted(map(str, FAILING)), passing_statuses=sorted(map(str, PASSING)),
     )

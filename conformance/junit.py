@@ -12,7 +12,7 @@ from collections import defaultdict
 from collections.abc import Iterable
 from xml.etree import ElementTree as ET
 
-from .report import Report, op_of, sentence, where_executed
+from .report import Report, op_of, sentence, shortened, where_executed
 from .verdict import FAILING, Execution, Status, Verdict
 
 __all__ = ["junit"]
@@ -72,10 +72,12 @@ def junit(report: Report) -> str:
     for op, verdicts in sorted(groups.items()):
         counts = _counts(verdicts)
         suite = _element(root, "testsuite", name=op, timestamp=report.run.started, **counts)
+        short = shortened(report.run, report.level_requested)
         _properties(suite, {
             "backend": report.subject.name, "target": report.subject.target, "contract": report.contract, "suite": report.suite,
             "level": "none" if report.level_granted is None else f"L{report.level_granted}", "digest": report.digest,
             "computed": where_executed(verdicts),
+            "cases": short or "the whole list",
         })
         for verdict in verdicts:
             _testcase(suite, verdict)

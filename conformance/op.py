@@ -338,7 +338,11 @@ def make_problem(op: Op, variant: str, dims: Mapping[str, int], options: Mapping
 def outside_domain(op: Op, problem: Problem) -> str | None:
     """The first constraint that a problem breaks, as a sentence with its clause; None where the contract admits it."""
     for constraint in op.constraints:
-        if not evaluate(constraint.expression, _names(problem)):
+        try:
+            kept = evaluate(constraint.expression, _names(problem))
+        except ZeroDivisionError:  # a multiple of a group of nothing
+            kept = False
+        if not kept:
             return f"{problem}: the contract requires {constraint.expression} (clause {constraint.clause})"
     return None
 

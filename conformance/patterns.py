@@ -6,7 +6,10 @@ Decides: what the patterns mean. Refuses: unknown patterns, and patterns an op d
 
 Exact lanes (`exactw8`, `exactw11`, `exactw14`, `exactw24`): rows of A are thinned until sum |a w| < 2^w q for every output, q
 the weight of the lowest bit that a product may have. Every accumulator of at least w bits then gives the exact sum in any
-order, so the interval of the judge is a point. Scales are short (at most 3 significand bits), so the epilogue is exact too.
+order, so the interval of the judge is a point. Scales inside the sum are short (at most 3 significand bits): they count against
+the width. Scales after it have every significand bit of their format (`_whole`), since one declared rounding follows the other
+and a point stays a point; a kernel that keeps them in fewer bits shows. `exactw8` alone keeps them short, so that its epilogue is
+exact: sums then lie at ties of the output, and relations between two runs (properties.py) hold whatever rounding is declared.
 """
 
 from __future__ import annotations
@@ -274,17 +277,30 @@ def _short(low: int, high: int, fmt: Format, shape: tuple[int, ...], stream: Str
     return encode(np.ldexp(picks, stream.integers(low, high, shape)), fmt)
 
 
-def _exact_tensor(case: Case, spec: ResolvedTensor, stream: Stream, width: int) -> Codes:
-    """One tensor of an exact lane, before rows are thinned. Wide lanes use every code and three-bit scales; at w = 8 and 11
-    the scales are powers of two so that something is left of the budget."""
+def _whole(low: int, high: int, fmt: Format, shape: tuple[int, ...], stream: Stream, bits: int | None = None) -> Codes:
+    """Values of either sign that need all significand bits of a float format, or `bits` below the leading one: the last is 1.
+    No narrower format holds one of them; exponents are uniform in low..high."""
+    bits = fmt.mantissa_bits if bits is None else bits
+    fraction = stream.integers(0, (1 << bits) - 1, shape) | 1
+    sign = np.where(stream.integers(0, 1, shape) == 1, -1.0, 1.0)
+    return encode(sign * np.ldexp(1.0 + fraction * 2.0**-bits, stream.integers(low, high, shape)), fmt)
+
+
+def _exact_tensor(op: Op, case: Case, spec: ResolvedTensor, stream: Stream, width: int) -> Codes:
+    """One tensor of an exact lane, before rows are thinned. Wide lanes use every code and three-bit block scales; at w = 8 and 11
+    these are powers of two so that something is left of the budget. A global scale before a low-rank term is short: that term
+    is a sum, and what it is added to counts against its accumulator."""
     fmt, shape = spec.format, spec.shape
     wide = width >= 14
     match spec.family:
         case Family.BLOCK_SCALE:
             top = 1 if fmt.bits <= 8 else -2
             return _short(top - (1 if wide else 0), top, fmt, shape, stream, 4 if width >= 24 else (2 if wide else 1))
-        case Family.OUTER_SCALE | Family.GLOBAL_SCALE | Family.SMOOTH:
-            return _short(-2, 1, fmt, shape, stream, 1 if width >= 24 else 2)
+        case Family.OUTER_SCALE | Family.GLOBAL_SCALE:
+            inner = spec.family is Family.GLOBAL_SCALE and _has_lora(op, case)
+            if width == 8 or inner:
+                return _short(-2, 1, fmt, shape, stream, 1 if width >= 24 else 2)
+            return _whole(-2, 0, fmt, shape, stream)
         case Family.BIAS:
             return encode(stream.integers(-3, 3, shape) * 0.5, fmt)
         case Family.ZERO_POINT:
@@ -300,6 +316,10 @@ def _exact_tensor(case: Case, spec: ResolvedTensor, stream: Stream, width: int) 
         return stream.integers(0, 15, shape).astype(container(fmt))
     high = min({8: 1, 11: 3, 14: 7, 24: 15}[width], int(fmt.max_finite))
     return encode(stream.integers(-high, high, shape).astype(np.float64), fmt)
+
+
+def _has_lora(op: Op, case: Case) -> bool:
+    return any(spec.family is Family.LORA for spec in tensors_of(op, case.problem))
 
 
 def _thin(codes: Codes, weights: Reals, budget: float, zero: int) -> Codes:
@@ -336,7 +356,7 @@ def draw_operands(op: Op, case: Case, batch: int = 0) -> Operands:
         codes = op.draw(case, spec, stream) if op.draw is not None else None
         if codes is None:
             if width:
-                codes = _exact_tensor(case, spec, stream, width)
+                codes = _exact_tensor(op, case, spec, stream, width)
             elif case.pattern in ("onehot", "scaleprobe"):
                 codes = _probe_tensor(op, case, spec, stream, batch)
             else:
@@ -396,7 +416,7 @@ def _fit(op: Op, case: Case, operands: Operands, width: int) -> Operands:
     if not np.isfinite(unit):
         return operands
     ceiling = np.max(np.abs(values_w), axis=0, initial=0.0)
-    reserve = 0.5 if any(spec.family is Family.LORA for spec in tensors_of(op, case.problem)) else 1.0
+    reserve = 0.5 if _has_lora(op, case) else 1.0
     source = operands["a"]
     codes = source.codes.reshape(-1, source.codes.shape[-1])
     thinned = _thin(codes, np.abs(values_a) * ceiling, reserve * (2.0**width - 1) * unit, _zero_code(source.format))
@@ -431,18 +451,32 @@ def rows_probed(op: Op, case: Case) -> list[int]:
     return [start + residue for start in starts for residue in range(256)]
 
 
+def _probe_scales(spec: ResolvedTensor, stream: Stream) -> Codes:
+    """Block scales of 16 and 32 bits for scaleprobe. They stay within one binade: the sum is one scale, or the product of two,
+    and the smallest weight of a bit is that of all groups, so that 2^P of ADM-3 is as far away as the significands are long.
+    Two binary32 scales that meet have twelve bits each and a product of 24."""
+    if spec.format is F32:
+        return _whole(-3, -3, spec.format, spec.shape, stream, 11)
+    if spec.name.startswith("a_"):
+        return encode(np.ones(spec.shape), spec.format)
+    return _whole(-3, -3, spec.format, spec.shape, stream)
+
+
 def _probe_tensor(op: Op, case: Case, spec: ResolvedTensor, stream: Stream, batch: int) -> Codes:
-    """One-hot rows of A against random weights (onehot), or against weights 1 under distinct scales (scaleprobe)."""
+    """One-hot rows of A against random weights (onehot), or against weights 1 under distinct scales (scaleprobe). Scales after
+    the sum have all bits of their format."""
     fmt, shape = spec.format, spec.shape
     match spec.family:
         case Family.BLOCK_SCALE:
+            if case.pattern == "scaleprobe" and fmt.bits > 8:
+                return _probe_scales(spec, stream)
             if spec.name.startswith("a_"):
                 return encode(np.ones(shape), fmt)
-            if case.pattern == "scaleprobe" and fmt.bits <= 8:
+            if case.pattern == "scaleprobe":
                 return encode(_powers(-4, 4, fmt.mantissa_bits, shape, stream), fmt)
             return encode(_powers(-5, -2, 3, shape, stream) if fmt.bits > 8 else _powers(-2, 2, 2, shape, stream), fmt)
-        case Family.OUTER_SCALE | Family.GLOBAL_SCALE | Family.SMOOTH:
-            return encode(np.ones(shape) if spec.role is Role.CONSTANT else np.full(shape, 0.5), fmt)
+        case Family.OUTER_SCALE | Family.GLOBAL_SCALE:
+            return _whole(-1, 0, fmt, shape, stream)
         case Family.BIAS | Family.LORA:
             return np.zeros(shape, dtype=container(fmt))
         case Family.ZERO_POINT:

@@ -15,7 +15,7 @@ import pytest
 
 from .ops import ops
 from .run import Plan, Session, listed_cases
-from .selection import Listed
+from .selection import PER_OP, Listed
 from .verdict import FAILING, Status
 from .worker import Worker, WorkerError
 
@@ -28,7 +28,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--backend", default="cpu", help="backend under test: NAME, NAME:ARGUMENT or python:FILE.py:ATTRIBUTE")
     group.addoption("--level", default="L2", choices=("L0", "L1", "L2", "L3"), help="highest level asked for")
     group.addoption("--lowbit-ops", default="", help="only these ops, comma separated")
-    group.addoption("--per-op", default=170, type=int, help="drawn cases per op")
+    group.addoption("--per-op", default=PER_OP, type=int, help="drawn cases per op, of the list that all backends share")
 
 
 def _plan(config: pytest.Config) -> Plan:

@@ -10,8 +10,17 @@ from __future__ import annotations
 
 from .report_comparison import Change, diff, merge, verify
 from .report_coverage import Coverage
-from .report_files import append_verdict, load, load_partial, prepare_folder, write_atomically, write_bytes_atomically
-from .report_levels import granted, op_of, power_of, sentence, where_executed
+from .report_files import (
+    append_verdict,
+    begin_partial,
+    check_partial,
+    load,
+    load_partial,
+    prepare_folder,
+    write_atomically,
+    write_bytes_atomically,
+)
+from .report_levels import granted, op_of, power_of, sentence, shortened, where_executed
 from .report_records import (
     AS_CONTRACT,
     CONSISTENT,
@@ -58,7 +67,8 @@ __all__ = [
     "AS_CONTRACT", "CONSISTENT", "FINER", "JUDGED", "LEVELS", "REFUTED", "SCHEMA", "Audited", "Change", "Claim",
     "CodeCoverage", "Coverage", "CoverageRecord", "Declared", "Failure", "Host", "Level", "LevelResult", "Manifest",
     "MergeError", "OpCounts", "OutputError", "Report", "ReportError", "Run", "Strength", "Subject", "Totals",
-    "append_verdict", "build", "canonical", "digest_of", "diff", "from_json", "granted", "host", "load", "load_partial",
-    "manifest_of", "merge", "op_of", "power_of", "prepare_folder", "schema_json", "sentence", "suite_version", "to_json",
-    "unexecuted", "verdict_json", "verify", "where_executed", "write_atomically", "write_bytes_atomically",
+    "append_verdict", "begin_partial", "build", "canonical", "check_partial", "digest_of", "diff", "from_json", "granted", "host",
+    "load", "load_partial", "manifest_of", "merge", "op_of", "power_of", "prepare_folder", "schema_json", "sentence",
+    "shortened", "suite_version", "to_json", "unexecuted", "verdict_json", "verify", "where_executed", "write_atomically",
+    "write_bytes_atomically",
 ]

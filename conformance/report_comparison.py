@@ -51,7 +51,7 @@ def _distinct(records: Iterable[Any]) -> tuple[Any, ...]:
 def merge(reports: Sequence[Report]) -> Report:
     """One report of all shards 1/n .. n/n of one run, in any order.
 
-    Raises MergeError unless each shard is there once, all are of one suite, contract, backend, seed, level and manifest,
+    Raises MergeError unless each shard is there once, all are of one suite, contract, backend, seed, length, level and manifest,
     no case is in two shards, and together they hold every case of the manifest."""
     if not reports:
         raise MergeError("nothing to merge: give the reports of all shards")
@@ -66,7 +66,8 @@ def merge(reports: Sequence[Report]) -> Report:
         _one((getattr(report, what) for report in reports), what)
     for what in ("name", "reference", "target"):
         _one((getattr(report.subject, what) for report in reports), f"the backend's {what}")
-    _one((report.run.seed for report in reports), "the seed")
+    for field, what in (("seed", "the seed"), ("per_op", "the drawn cases per op"), ("repeats", "the repeats")):
+        _one((getattr(report.run, field) for report in reports), what)
     _one((report.manifest.sha256 for report in reports), "the manifest of selected cases")
     owners: dict[str, list[str]] = defaultdict(list)
     for report in reports:
@@ -94,7 +95,8 @@ def merge(reports: Sequence[Report]) -> Report:
     run = Run(
         min(report.run.started for report in reports), max(report.run.finished for report in reports),
         math.fsum(report.run.seconds for report in reports), " ; ".join(_distinct(report.run.command for report in ordered)),
-        first.run.seed, (1, 1), _distinct(found for report in ordered for found in report.run.hosts),
+        first.run.seed, first.run.per_op, first.run.repeats, (1, 1),
+        _distinct(found for report in ordered for found in report.run.hosts),
     )
     subject = first.subject
     waivers = [Waiver(w.case, w.clause, w.issue, w.expires, w.backend, w.tactic, hits[w.id]) for w in first.waivers]

@@ -7,18 +7,22 @@ Refuses: to leave a partial file behind, and to read what is not UTF-8 or breaks
 
 from __future__ import annotations
 
+import json
 import os
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from .report_records import OutputError, ReportError
-from .report_schema import Report, from_json, schema_faults, verdict_json
+from .report_schema import Report, canonical, from_json, plain_data, schema_faults, verdict_json
 from .verdict import Verdict
 
 __all__ = [
-    "append_verdict", "load", "load_partial", "prepare_folder", "text_of", "write_atomically", "write_bytes_atomically",
+    "append_verdict", "begin_partial", "check_partial", "load", "load_partial", "prepare_folder", "text_of", "write_atomically",
+    "write_bytes_atomically",
 ]
 
 
@@ -69,6 +73,32 @@ def write_atomically(path: Path, text: str) -> None:
     write_bytes_atomically(path, text.encode("utf-8"))
 
 
+_HEADER = '{"run":'
+"""How the first line of a file of verdicts begins; a verdict has no field of that name."""
+
+
+def begin_partial(path: Path, run: Mapping[str, Any]) -> None:
+    """A new file of verdicts, whose first line says what run they are of. Raises OutputError."""
+    write_atomically(path, canonical({"run": plain_data(run)}) + "\n")
+
+
+def check_partial(path: Path, run: Mapping[str, Any]) -> None:
+    """Raises ReportError where the first line of a file of verdicts does not say that they are of this run, or where the file
+    cannot be read."""
+    first = text_of(path).partition("\n")[0]
+    try:
+        held = json.loads(first)["run"] if first.startswith(_HEADER) else {}
+    except ValueError as error:
+        raise ReportError(f"{path} does not begin with what run its verdicts are of ({error}); leave out --resume") from error
+    wanted = json.loads(canonical(plain_data(run)))
+    differing = ", ".join(name for name in wanted if held.get(name) != wanted[name])
+    if differing:
+        raise ReportError(
+            f"the verdicts to resume from, in {path}, are of another run: it differs in {differing}; repeat the command of the "
+            "killed run with the same backend, or leave out --resume"
+        )
+
+
 def append_verdict(path: Path, verdict: Verdict) -> None:
     """Add one verdict as one line. What an earlier process left of a line it could not finish is cut off first, so that a
     kill at any moment costs one verdict at most. Raises OutputError."""
@@ -91,7 +121,7 @@ _VERDICTS: TypeAdapter[tuple[Verdict, ...]] = TypeAdapter(tuple[Verdict, ...], c
 def load_partial(path: Path) -> tuple[Verdict, ...]:
     """The verdicts that `append_verdict` wrote, in order; a last line without its end is left out. Raises ReportError where
     the file cannot be read or a whole line is no verdict."""
-    lines = text_of(path).split("\n")[:-1]
+    lines = [line for line in text_of(path).split("\n")[:-1] if not line.startswith(_HEADER)]
     try:
         return _VERDICTS.validate_json("[" + ",\n".join(lines) + "]")
     except ValidationError as error:

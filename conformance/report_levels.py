@@ -2,7 +2,8 @@
 
 Decides: whether a level is granted and, if not, why; what a backend claims of each op; in which column a verdict counts; what is
 to be said of a verdict in a sentence.
-Refuses: a level over an absent lower one, a claim made by refusing bad input, and power shown by a verdict that does not pass.
+Refuses: a level over an absent lower one, over classes of which a lane saw no case, over too few cases and over a shortened run;
+a claim made by refusing bad input; and power shown by a verdict that does not pass.
 """
 
 from __future__ import annotations
@@ -13,17 +14,22 @@ from dataclasses import fields
 from typing import Literal
 
 from .backend import NEVER_EXECUTED
-from .report_records import AS_CONTRACT, JUDGED, LEVELS, Claim, Failure, Level, LevelResult, OpCounts, Totals
+from .power import blind, power_of, supplied
+from .report_records import AS_CONTRACT, JUDGED, LEVELS, Claim, Failure, Level, LevelResult, OpCounts, Run, Totals
+from .selection import DRAWN_LANES, LEAST, PER_OP, REPEATS, class_lanes
 from .verdict import FAILING, PASSING, Execution, Status, Verdict
 
 __all__ = [
-    "claims_of", "computed", "counted", "counts_of", "failures_of", "granted", "op_of", "power_of", "sentence", "totals_of",
-    "where_executed",
+    "claims_of", "computed", "counted", "counts_of", "failures_of", "granted", "op_of", "power_of", "sentence", "shortened",
+    "totals_of", "where_executed",
 ]
 
 _REJECT = "reject"
 _GIVEN = frozenset({"golden", "tensors"})
 """Lanes whose problems come from files: a backend may honestly support none of them."""
+
+_NAMED = 4
+"""Classes that a sentence names."""
 
 
 def op_of(verdict: Verdict) -> str:
@@ -52,17 +58,6 @@ def sentence(verdict: Verdict) -> str:
         parts.append(f"{verdict.wrong} of {verdict.judged} judged elements are outside; worst is {worst.tensor}[{place}]: got "
                      f"{worst.got} ({worst.value}), admissible {wanted}, exact {worst.exact}, {worst.ulps} ulp outside")
     return ". ".join(part.rstrip(". ") for part in parts) or str(verdict.status)
-
-
-def power_of(verdicts: Iterable[Verdict]) -> dict[str, dict[str, int]]:
-    """op -> fault class -> passing verdicts that would have shown it; 0 where the class applies and none did."""
-    power: dict[str, dict[str, int]] = {}
-    for op, group in _by_op(verdicts).items():
-        classes = sorted({fault for verdict in group for fault in verdict.power})
-        if classes:
-            passing = [verdict for verdict in group if verdict.status in PASSING]
-            power[op] = {fault: sum(verdict.power.get(fault, False) for verdict in passing) for fault in classes}
-    return power
 
 
 def computed(verdicts: Iterable[Verdict]) -> list[Verdict]:
@@ -117,7 +112,51 @@ def counted(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
-def _refusals(level: Level, here: Sequence[Verdict], claimed: Sequence[str], power: Mapping[str, Mapping[str, int]]) -> list[str]:
+def _class_of(verdict: Verdict) -> str:
+    """variant/options of a verdict's case."""
+    _, variant, _, options, *_ = verdict.case.split("/")
+    return f"{variant}/{options}"
+
+
+def _classes_of(verdicts: Iterable[Verdict]) -> dict[str, list[str]]:
+    """op -> the classes that it claims, sorted: those of a problem that is supported; weights from files claim none."""
+    found: dict[str, set[str]] = defaultdict(set)
+    for verdict in computed(verdicts):
+        if verdict.status is not Status.UNSUPPORTED and verdict.lane != "tensors":
+            found[op_of(verdict)].add(_class_of(verdict))
+    return {op: sorted(classes) for op, classes in found.items()}
+
+
+def shortened(run: Run, requested: int) -> str:
+    """What a run left out of the contract's list, as a sentence (LVL-7); empty for a run of the whole list. Repeats count where
+    level 3 is asked for."""
+    parts = [f"{run.per_op} of {PER_OP} drawn cases per op"] if run.per_op < PER_OP else []
+    parts += [f"{run.repeats} of {REPEATS} repeats"] if requested >= 3 and run.repeats < REPEATS else []
+    return f"shortened run: {', '.join(parts)}" if parts else ""
+
+
+def _gaps(level: Level, op: str, group: Sequence[Verdict], classes: Sequence[str]) -> list[str]:
+    """What the drawn cases of an op leave open of LVL-8: classes without a judged case in a lane of this level that has others,
+    and too few judged cases."""
+    drawn = [verdict for verdict in group if verdict.lane in DRAWN_LANES and verdict.status in JUDGED]
+    reasons = []
+    for lane in (lane for lane in class_lanes(op) if lane in level.lanes):
+        seen = {_class_of(verdict) for verdict in drawn if verdict.lane == lane}
+        absent = [name for name in classes if name not in seen]
+        if seen and absent:
+            more = f" and {len(absent) - _NAMED:,} more" if len(absent) > _NAMED else ""
+            reasons.append(f"{op}: no case was judged in {lane} of {', '.join(absent[:_NAMED])}{more}")
+    cases = len({verdict.case for verdict in drawn})
+    if 0 < cases < LEAST:
+        lanes = ", ".join(lane for lane in level.lanes if lane in {verdict.lane for verdict in drawn})
+        reasons.append(f"{op}: {counted(cases, 'drawn case')} judged in {lanes}, {LEAST} are the least: the run is shortened, "
+                       "or the backend refuses too many of the sizes that are drawn")
+    return reasons
+
+
+def _refusals(
+    level: Level, here: Sequence[Verdict], claimed: Sequence[str], classes: Mapping[str, Sequence[str]],
+) -> list[str]:
     """Why `level` cannot be granted on its own cases (`here`), lower levels left aside."""
     reasons = []
     for status in Status:
@@ -135,13 +174,7 @@ def _refusals(level: Level, here: Sequence[Verdict], claimed: Sequence[str], pow
             reasons.append(f"{op}: no case was judged in {', '.join(absent)}")
         elif level.number == 1 and not judged:
             reasons.append(f"{op}: no case was judged in any lane of this level")
-    if level.number == 2:
-        for op in claimed:
-            blind = [fault for fault, shown in sorted(power.get(op, {}).items()) if not shown]
-            if blind:
-                reasons.append(f"{op}: no passing case would have shown {', '.join(blind)}")
-            if op.startswith("gemm_") and not power.get(op):
-                reasons.append(f"{op}: the power of its cases was not measured")
+        reasons += _gaps(level, op, group, classes.get(op, ()))
     return reasons
 
 
@@ -152,10 +185,12 @@ def granted(
 
     A level is granted iff it is requested, every lower one is granted, and of its own cases: none fails (WAIVED is noted);
     each claimed op, one of whose problems at least is supported, has a judged case in each lane that the level requires of
-    it and in each lane in which it has cases at all (problems that come from files left aside); and, for level 2, each
-    fault class of each claimed op is shown by a passing case (`power`: op -> fault class -> such cases). UNSUPPORTED fails
-    nothing; it counts in the claims. A refusal in the reject lane claims nothing."""
-    claims = claims_of(verdicts)
+    it and in each lane in which it has cases at all (problems that come from files left aside), one of each class that it
+    claims in each of its drawn lanes, and in these `LEAST` cases (LVL-8); and, for level 2, each fault class of each claimed
+    op and variant is shown by a passing case (`power`: op/variant -> fault class -> such cases) and, where no bounded case
+    shows it, by one that is judged to a point, which the level then names (PWR-3). UNSUPPORTED fails nothing; it counts in the
+    claims. A refusal in the reject lane claims nothing."""
+    claims, classes = claims_of(verdicts), _classes_of(verdicts)
     claimed = [claim.op for claim in claims if claim.supported]
     supported, asked = sum(claim.supported for claim in claims), sum(claim.total for claim in claims)
     best: int | None = None
@@ -173,13 +208,15 @@ def granted(
         elif level.number == 0 and not any(verdict.status in JUDGED for verdict in computed(verdicts)):
             reasons = ["no case gave an output: every run raised, crashed or timed out"]
         else:
-            reasons = _refusals(level, here, claimed, power)
+            reasons = _refusals(level, here, claimed, classes)
+            reasons += blind(verdicts, claimed, power) if level.number == 2 else []
             if level.number and best != level.number - 1:
                 reasons.append(f"L{level.number - 1} is not granted")
             if not reasons:
                 outcome, best = "granted", level.number
                 reasons = [f"over {counted(len(claimed), 'op')} and {supported:,} of {asked:,} selected problems"]
                 reasons += [f"waived {waived}"] if waived else []
+                reasons += supplied(verdicts, claimed) if level.number == 2 else []
         results.append(LevelResult(level.number, level.name, outcome, len(here), waived, level.lanes, tuple(reasons)))
     return best, tuple(results)
 

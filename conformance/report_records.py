@@ -18,7 +18,7 @@ __all__ = [
     "OpCounts", "OutputError", "ReportError", "Run", "Standing", "Strength", "Subject", "Totals",
 ]
 
-SCHEMA = "lowbit-report/2"
+SCHEMA = "lowbit-report/3"
 """Name and version of the report's schema; a change that a reader could trip over raises the number."""
 
 AS_CONTRACT = "as the contract"
@@ -43,7 +43,8 @@ class OutputError(OSError):
 @dataclass(frozen=True, slots=True)
 class Level:
     """One rung of the ladder. `lanes` are frozen per contract version: a case belongs to the level of its lane.
-    `every_op`, `gemms`: lanes in which each claimed op, each claimed GEMM must have a judged case."""
+    `every_op`, `gemms`: lanes in which each claimed op, each claimed GEMM must have a judged case; its drawn lanes also ask
+    for a judged case of each claimed class, and for enough of them (LVL-8)."""
 
     number: int
     name: str
@@ -90,14 +91,17 @@ class Host:
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """When, where and how. `started`, `finished`: ISO 8601 with zone. `seconds`: wall clock, summed over merged shards.
-    `shard`: (i, n), 1 <= i <= n; (1, 1) is a whole run."""
+    """When, where, how and how much. `started`, `finished`: ISO 8601 with zone. `seconds`: wall clock, summed over merged shards.
+    `per_op`: drawn cases per op that were asked for. `repeats`: runs of a stability case. `shard`: (i, n), 1 <= i <= n; (1, 1)
+    is a whole run."""
 
     started: str
     finished: str
     seconds: float
     command: str
     seed: int
+    per_op: int
+    repeats: int
     shard: tuple[int, int] = (1, 1)
     hosts: tuple[Host, ...] = ()
 

@@ -27,7 +27,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from .case import Case
 from .report_coverage import coverage_of
-from .report_levels import claims_of, counted, counts_of, failures_of, granted, power_of, totals_of
+from .report_levels import claims_of, counted, counts_of, failures_of, granted, power_of, shortened, totals_of
 from .report_records import (
     LEVEL_OF_LANE,
     REFUTED,
@@ -62,7 +62,7 @@ class Report:
     """All that is said of one run. Made by `build`, `merge` or `from_json`; raises ReportError where a part does not
     follow from the verdicts."""
 
-    schema: Literal["lowbit-report/2"]
+    schema: Literal["lowbit-report/3"]
     suite: str  # CalVer of the distribution
     contract: str  # version of docs/contract.md
     subject: Subject
@@ -75,7 +75,7 @@ class Report:
     counts: tuple[OpCounts, ...]
     claims: tuple[Claim, ...]
     failures: tuple[Failure, ...]
-    power: Mapping[str, Mapping[str, int]]  # op -> fault class -> passing verdicts that would have shown it
+    power: Mapping[str, Mapping[str, int]]  # op/variant -> fault class -> passing verdicts that would have shown it
     coverage: CoverageRecord
     declarations: tuple[Declared, ...]
     audits: tuple[Audited, ...]
@@ -109,7 +109,7 @@ def _derived(
     power = power_of(verdicts)
     level, levels = granted(verdicts, power, requested)
     totals = totals_of(verdicts, manifest.cases)
-    why = ""
+    why = shortened(run, requested)
     if run.shard[1] > 1:
         why = f"shard {run.shard[0]} of {run.shard[1]} alone grants nothing: merge all shards"
     elif totals.not_run:
@@ -181,6 +181,8 @@ def _faults(report: Report) -> list[str]:
     i, n = report.run.shard
     if not 1 <= i <= n:
         faults.append(f"shard {i} of {n} is impossible: expected 1 <= i <= n")
+    if min(report.run.per_op, report.run.repeats) < 1:
+        faults.append(f"{report.run.per_op} drawn cases per op, {report.run.repeats} repeats: expected 1 or more of both")
     twice = [key for key, count in Counter(map(key_of, report.verdicts)).items() if count > 1]
     faults += [f"{case} [{tactic}] has more than one verdict in lane {lane}" for case, tactic, lane in twice]
     if manifest_of(report.manifest.cases) != report.manifest:

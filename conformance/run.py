@@ -2,8 +2,9 @@
 
     text -> Case -> (Problem -> backend in its worker) + (Operands -> Expectation) -> Verdict -> Report
 
-Decides: which cases a run has and in which order they are judged. Refuses: to let an exception end a run. What a backend does
-ends in a verdict; what the suite itself gets wrong ends in an exception that names the case. One judgement is `session.py`.
+Decides: which cases a run has and in which order they are judged, and whether the cases of a report are those of the contract.
+Refuses: to resume the run of another backend, and to let an exception end a run. What a backend does ends in a verdict; what the
+suite itself gets wrong ends in an exception that names the case. One judgement is `session.py`.
 """
 
 from __future__ import annotations
@@ -16,10 +17,10 @@ from collections.abc import Callable, Iterable, Sequence
 from datetime import UTC, datetime
 
 from . import properties, report, stability, tensors, vectors, waivers
-from .case import Case
+from .case import Case, Problem
 from .op import DomainError, parse_problem
 from .ops import ops
-from .selection import CONTRACT, Listed, audit_list, case_list, shard
+from .selection import CONTRACT, Listed, Refused, audit_list, case_list, claim_cases, is_claim, shard
 from .session import (
     Plan,
     Rejudged,
@@ -31,30 +32,38 @@ from .session import (
     products_of,
     rejudge,
 )
-from .verdict import Status, Verdict
-from .worker import Worker
+from .verdict import Execution, Status, Verdict
+from .worker import Fault, Worker
 
 __all__ = [
-    "Plan", "Rejudged", "Session", "batches_of", "certify", "expectations_of", "listed_cases", "listed_of",
-    "operands_of", "products_of", "rejudge", "run_one",
+    "Plan", "Rejudged", "Session", "batches_of", "certify", "expectations_of", "listed_cases", "listed_of", "marks_of",
+    "misselected", "operands_of", "products_of", "rejudge", "run_one",
 ]
 
 
-def listed_cases(plan: Plan) -> list[Listed]:
-    """Every case that the plan's level asks for, of all shards. Level L0 has no lane of its own: it asks for the first case of
-    each op, to see that an output comes back at all."""
-    names = plan.ops or tuple(ops())
-    unknown = [name for name in names if name not in ops()]
+def _names(plan: Plan) -> tuple[str, ...]:
+    unknown = [name for name in plan.ops if name not in ops()]
     if unknown:
         raise DomainError(f"unknown op {', '.join(unknown)}; the ops are {', '.join(ops())}")
+    return plan.ops or tuple(ops())
+
+
+def listed_cases(plan: Plan, refused: Refused | None = None) -> list[Listed]:
+    """Every case that the plan's level asks for, of all shards. Level L0 has no lane of its own: it asks for the first case of
+    each op, to see that an output comes back at all. `refused`: which problems a backend refuses; with it the list goes on over
+    what that backend claims (LVL-8), without it the list is the one that all backends share."""
+    names = _names(plan)
     if plan.level == 0:
         return [case_list(ops()[name], per_op=plan.per_op)[0] for name in names]
     found: list[Listed] = []
     for name in names:
         op = ops()[name]
-        found += case_list(op, per_op=plan.per_op)
-        found += [Listed(vector.case, "golden", 1) for vector in vectors.load(name)]
-        found += audit_list(op)
+        shared = case_list(op, per_op=plan.per_op)
+        shared += [Listed(vector.case, "golden", 1) for vector in vectors.load(name)]
+        shared += audit_list(op)
+        found += shared
+        if refused is not None:
+            found += claim_cases(op, shared, refused, per_op=plan.per_op)
         found += [Listed(case, "property", 2) for case in properties.property_cases(op)]
         found += [
             Listed(Case(parse_problem(text, ops(), check=False), "reject", number), "reject", 2)
@@ -67,6 +76,72 @@ def listed_cases(plan: Plan) -> list[Listed]:
 
 
 OnVerdict = Callable[[Verdict], None]
+
+
+def marks_of(plan: Plan, session: Session) -> dict[str, object]:
+    """What fixes the verdicts of a run: options, versions, the backend's code and what it says of itself. Plain data; a run is
+    resumed only under the same. Raises WorkerError."""
+    return {
+        "backend": plan.backend, "code": session.worker.code(), "describe": dict(session.describe), "level": plan.level,
+        "ops": list(plan.ops), "shard": list(plan.shard), "per_op": plan.per_op, "repeats": plan.repeats, "tensors": plan.tensors,
+        "suite": report.suite_version(), "contract": CONTRACT,
+    }
+
+
+class _Support:
+    """What a backend says of problems, each asked once."""
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+        self._answers: dict[Problem, str | Fault | None] = {}
+
+    def __call__(self, problems: Sequence[Problem]) -> list[str | Fault | None]:
+        fresh = [problem for problem in dict.fromkeys(problems) if problem not in self._answers]
+        self._answers.update(zip(fresh, self._session.worker.supports(fresh), strict=True))
+        return [self._answers[problem] for problem in problems]
+
+    def refused(self, problems: Sequence[Problem]) -> list[bool]:
+        """Which problems it refuses; a `supports` that failed refuses nothing, and its verdict says so. Code that is only
+        compiled computes nothing."""
+        if self._session.execution is Execution.COMPILED:
+            return [True] * len(problems)
+        return [isinstance(answer, str) for answer in self(problems)]
+
+
+def misselected(found: report.Report) -> tuple[str, ...]:
+    """Why the cases of a report are not those that the contract lists for its ops, one sentence each; empty where they are.
+
+    Claim cases are drawn again, on the word of the verdicts: a problem of the list is supported unless its verdict is
+    UNSUPPORTED, and of other problems those that the report holds. Of a report of L1, or of a part of a run, the verdicts do
+    not say enough: there only what the list has is looked for."""
+    names = {case.partition("/")[0] for case in found.manifest.cases}
+    unknown = sorted(names - set(ops()))
+    if unknown or not names:
+        return (f"manifest: {f'unknown op {unknown[0]}' if unknown else 'it holds no case'}",)
+    plan = Plan(
+        found.subject.reference, found.level_requested, tuple(name for name in ops() if name in names), per_op=found.run.per_op,
+    )
+    held = {case for case in found.manifest.cases if case.split("/")[4] != tensors.PATTERN}
+    if found.level_requested < 2 or found.totals.not_run or found.run.shard != (1, 1):
+        wanted = {str(item.case) for item in listed_cases(plan)}
+        return _differing(wanted, held & wanted)
+    try:
+        supported = {case.problem for case in (listed_of(text).case for text in held) if is_claim(case)} | {
+            listed_of(verdict.case).case.problem for verdict in found.verdicts
+            if verdict.status is not Status.UNSUPPORTED and verdict.lane not in ("property", "reject", "tensors")
+        }
+    except DomainError as error:
+        return (f"manifest: {error}",)
+    again = listed_cases(plan, lambda asked: [problem not in supported for problem in asked])
+    return _differing({str(item.case) for item in again}, held)
+
+
+def _differing(wanted: set[str], held: set[str]) -> tuple[str, ...]:
+    sentences = (("lacks", "has", sorted(wanted - held)), ("holds", "does not have", sorted(held - wanted)))
+    return tuple(
+        f"manifest: it {what} {len(cases):,} of the cases that the contract's list {said}, the first {cases[0]}"
+        for what, said, cases in sentences if cases
+    )
 
 
 def _standing(done: Sequence[Verdict], plan: Plan, mine: Sequence[Listed]) -> list[Verdict]:
@@ -93,23 +168,27 @@ def certify(
     strength: report.Strength | None = None,
 ) -> report.Report:
     """Judge every case of the plan's shard and build the report. `done`: verdicts of an earlier, killed run of the same plan:
-    their cases are not run again. Raises DomainError, WorkerError (the backend does not load), ReportError (`done` is of
-    another run)."""
+    their cases are not run again. `on_start`: called with the number of cases to judge before any is. Raises DomainError,
+    WorkerError (the backend does not load), ReportError (`done` is of another run)."""
     started, clock = datetime.now(UTC), time.monotonic()
-    everything = listed_cases(plan)
-    mine = shard(everything, *plan.shard)
-    verdicts = _standing(tuple(done), plan, mine)
-    finished = {verdict.case for verdict in verdicts}
+    _names(plan)  # a wrong op or file ends the run before a worker starts
+    if plan.tensors:
+        tensors.tensor_cases(plan.tensors, plan.ops)
     with Worker(plan.backend, timeout=plan.timeout, path=plan.path) as worker:
         session = Session(plan, worker)
         session.open()
-        if on_start is not None:
-            on_start(len(mine), session)
+        support_of = _Support(session)
+        everything = listed_cases(plan, support_of.refused)
+        mine = shard(everything, *plan.shard)
+        reached = tuple(done)
+        if on_start is not None:  # the last case is judged again: it may lack a tactic
+            on_start(len({str(item.case) for item in mine} - {verdict.case for verdict in reached[:-1]}), session)
+        verdicts = _standing(reached, plan, mine)
+        finished = {verdict.case for verdict in verdicts}
+        pending = [item for item in mine if str(item.case) not in finished]
         for verdict in verdicts:
             session.recall(verdict)
-        pending = [item for item in mine if str(item.case) not in finished]
-        supports = worker.supports([item.case.problem for item in pending])
-        for item, support in zip(pending, supports, strict=True):
+        for item, support in zip(pending, support_of([item.case.problem for item in pending]), strict=True):
             for verdict in session.judge(item, support):
                 verdicts.append(verdict)
                 if on_verdict is not None:
@@ -126,6 +205,8 @@ def certify(
         round(time.monotonic() - clock, 3),
         shlex.join(["lowbit", *sys.argv[1:]]),
         0,
+        plan.per_op,
+        plan.repeats,
         plan.shard,
         (report.host(),),
     )

@@ -26,7 +26,7 @@ from .case import Case, Operands, Problem
 from .op import DomainError, Expectation, Op, parse_case, parse_problem, tensors_of
 from .ops import ops
 from .patterns import draw_operands, lane_of, level_of, rows_probed
-from .selection import Listed
+from .selection import PER_OP, REPEATS, Listed
 from .stability import Finding, Refused
 from .verdict import PASSING, Execution, Judgement, Kernel, Status, Verdict, digest_outputs, judge_outputs
 from .worker import Ending, Fault, Outcome, Variation, Worker, WorkerError
@@ -54,10 +54,10 @@ class Plan:
     level: int = 2
     ops: tuple[str, ...] = ()
     shard: tuple[int, int] = (1, 1)
-    per_op: int = 170
+    per_op: int = PER_OP
     timeout: float = 60.0
     path: tuple[str, ...] = ()
-    repeats: int = 100
+    repeats: int = REPEATS
     waivers: tuple[waivers.Waiver, ...] = ()
     tensors: str = ""  # FILE.safetensors[:GLOB] of real weights
 
@@ -305,9 +305,9 @@ class Session:
         clause = dict((text, clause) for text, clause in op.rejects)[str(item.case.problem)]
         if isinstance(support, str):
             return self._verdict(item, "default", Status.EXACT, clause=clause)
-        if isinstance(support, Fault):
-            status = Status.EXACT if support.ending is Ending.RAISED else _ENDINGS[support.ending]
-            return self._verdict(item, "default", status, "" if status in PASSING else support.reason, clause=clause)
+        if isinstance(support, Fault):  # a refusal is a sentence; an exception may be any mistake of the backend
+            reason = f"supports() failed: {support.reason}; a problem outside the contract's domain is refused by a sentence"
+            return self._verdict(item, "default", _ENDINGS[support.ending], reason, clause="BCK-2")
         reason = f"supports() admits a problem outside the contract's domain (clause {clause}); it must give a reason"
         return self._verdict(item, "default", Status.DRIFT, reason, clause=clause)
 
@@ -434,8 +434,6 @@ class Session:
         try:
             found = properties.judge_property(op, item.case, tactic, declaration, self._execute(op, tactic, item))
         except Refused as refused:
-            if item.case.pattern == "prop_empty":  # the contract leaves M = 0 to the backend
-                return self._verdict(item, tactic, Status.EXACT)
             return self._verdict(item, tactic, Status.UNSUPPORTED, str(refused))
         if isinstance(found, Outcome):
             return self._outcome_verdict(item, tactic, found) or self._verdict(item, tactic, Status.MALFORMED, "no outcome")

@@ -47,6 +47,7 @@ from .worker_messages import (
     decode_frame,
     differences,
     encode_frame,
+    in_unicode,
 )
 from .worker_process import serve
 
@@ -161,6 +162,10 @@ class Worker:
         if answer is None or (type(answer) is str and answer.strip()):
             return " ".join(answer.split()) if answer else None
         return Fault(Ending.MALFORMED, f"supports() returned {str(answer)[:60]!r}, expected None or a sentence that says why not")
+
+    def code(self) -> str:
+        """The digest of the backend's code (`code_digest`). Raises WorkerError."""
+        return str(self._ask({"call": "code"}))
 
     def tactics(self, problem: Problem) -> tuple[str, ...]:
         """Names of the tactics for a problem. Raises WorkerError."""
@@ -354,7 +359,7 @@ class Worker:
             return data
 
         try:
-            reply = decode_frame(read)
+            reply = in_unicode(decode_frame(read))
             if type(reply) is not dict or not ({"raised", "log"} <= reply.keys() or "answer" in reply):
                 raise pickle.UnpicklingError("it is no reply")
         except _Gone:

@@ -32,7 +32,7 @@ from .verdict import Kernel
 
 __all__ = [
     "BY_FILE", "TAIL", "VARIATIONS", "Ending", "Fault", "Outcome", "Variation", "WorkerError", "check_record", "decode_frame",
-    "differences", "encode_frame", "first_difference",
+    "differences", "encode_frame", "first_difference", "in_unicode",
 ]
 
 BY_FILE = "python:"  # references python:FILE.py:ATTRIBUTE name a backend by file instead of by entry point
@@ -228,6 +228,15 @@ def decode_frame(read: Callable[[int], bytearray]) -> Any:
     return _Unpickler(io.BytesIO(body), [read(each) for each in sizes]).load()
 
 
+def in_unicode(value: Any) -> Any:
+    """A message whose strings, keys among them, can be written as UTF-8: lone surrogates become `\\udcXX`. Records stay."""
+    if type(value) is str:
+        return value.encode("utf-8", "backslashreplace").decode("utf-8")
+    if type(value) is dict:
+        return {in_unicode(key): in_unicode(item) for key, item in value.items()}
+    return type(value)(map(in_unicode, value)) if type(value) in (list, tuple) else value
+
+
 @cache
 def _hints(cls: type) -> dict[str, Any]:
     return get_type_hints(cls)
@@ -252,6 +261,8 @@ def check_record(value: Any, expected: Any, where: str = "declaration") -> None:
             check_record(item, args[0] if args[-1] is Ellipsis else args[i], f"{where}[{i}]")
     elif type(value) is not expected:
         _mismatch(value, _type_name(expected), where)
+    elif expected is str and in_unicode(value) != value:
+        raise ValueError(f"{where}: got {in_unicode(value)!r}, expected a text that UTF-8 can hold")
     elif is_dataclass(expected) and expected is not Format:
         for item in fields(value):
             check_record(getattr(value, item.name), _hints(expected)[item.name], f"{where}.{item.name}")

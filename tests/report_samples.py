@@ -213,7 +213,7 @@ def waiver_of(case: str, clause: str) -> Waiver:
 
 
 def report(found: list[Verdict] | None = None, *, requested: int = 3, shard: tuple[int, int] = (1, 1), waived: bool = True,
-           cases: list[str] | None = None, waivers: Sequence[Waiver] = WAIVERS) -> Report:
+           cases: list[str] | None = None, waivers: Sequence[Waiver] = WAIVERS, per_op: int = 170) -> Report:
     """A whole report over `found` (default: the faulty sample)."""
     found = verdicts() if found is None else found
     judged, waivers = apply(found, waivers if waived else (), date(2026, 11, 20))
@@ -225,7 +225,7 @@ def report(found: list[Verdict] | None = None, *, requested: int = 3, shard: tup
         suite="2026.11.0", contract="1",
         subject=Subject("acme", "acme", "cuda", {"device": "Example 9000", "driver": "570.1", "compiler": "xcc 4.2"}),
         run=Run("2026-11-20T01:02:03+00:00", "2026-11-20T01:44:05+00:00", 2522.0, "lowbit certify acme --level L3",
-                2026, shard, (Host("3.11.9", "2.3.1", "Linux-6.1-x86_64", 16),)),
+                2026, per_op, 100, shard, (Host("3.11.9", "2.3.1", "Linux-6.1-x86_64", 16),)),
         cases=cases if cases is not None else [v.case for v in judged], verdicts=judged, requested=requested,
         codes=codes(judged).codes(),
         declarations=[Declared(op, ("default",), PROGRAM) for op in GEMMS], audits=audits(judged), waivers=waivers,

@@ -240,9 +240,14 @@ def test_backend_that_refuses_everything_leaves_nothing_to_certify(inside: Comma
         (("certify", "cpu", "--ops", "gemm_nosuch"), ("unknown op 'gemm_nosuch'", "gemm_w4a16")),
         (("certify", "cpu", "--level", "L7"), ("--level L7", "L0, L1, L2 or L3")),
         (("certify", "cpu", "--shard", "4/3"), ("--shard 4/3", "1 <= i <= n")),
+        (("run", CASE.replace("g32", "g0")), ("requires k > 0 and k % g == 0", "W4I8-1")),
+        (("run", CASE.replace("m4", "m9999999999999")), ("too little memory", "take a smaller case")),
+        (("run", CASE, "--timeout", "nan"), ("--timeout nan", "seconds above 0")),
+        (("certify", "cpu", "--timeout", "-1"), ("--timeout -1", "seconds above 0")),
+        (("certify", "cpu", "--target", "cuda"), ("a backend, cpu, and --target cuda",)),
         (("certify",), ("certify needs a backend",)),
         (("certify", "cpu", "--colour"), ("No such option", "--colour")),
-        (("list", "nosuch"), ("list one of ops, cases",)),
+        (("list", "nosuch"), ("list one of ops, tensors, options, constraints, cases",)),
         (("list", "cases", "--op", "nosuch"), ("unknown op 'nosuch'",)),
         (("explain", CASE, "4,0"), ("outside the output of shape (4, 8)",)),
         (("explain", CASE, "1"), ("expected 2 numbers joined by commas",)),
@@ -256,6 +261,20 @@ def test_wrong_command_line_is_one_sentence_and_nothing_is_run(
 ) -> None:
     only_sentence(inside(*arguments), ExitCode.USAGE, *parts)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_lists_say_what_a_vendor_has_to_know_of_an_op(inside: Command) -> None:
+    tensors = inside("list", "tensors", "--op", "gemm_w4a8_int8", "--json", "t.json")
+    assert tensors.returncode == 0
+    rows = {row["tensor"]: row for row in json.loads(Path("t.json").read_text(encoding="utf-8"))}
+    assert {name: (row["role"], row["format"], row["shape"]) for name, row in rows.items()} == {
+        "a": ("activation", "int8", "[m, k]"), "w": ("constant", "uint4", "[n, k]"),
+        "group_scale": ("constant", "by option out", "[n, k/g]"), "token_scale": ("activation", "by option out", "[m]"),
+        "bias": ("constant", "by option out", "[n]"), "d": ("output", "by option out", "[m, n]"),
+    }
+    assert rows["bias"]["where"] == "bias: bias"
+    assert "out     bf16, f16" in inside("list", "options", "--op", "gemm_w4a8_int8").stdout
+    assert "W4I8-1" in inside("list", "constraints", "--op", "gemm_w4a8_int8").stdout
 
 
 @pytest.mark.parametrize(
@@ -419,7 +438,9 @@ def test_interrupt_ends_with_its_own_code_and_keeps_the_verdicts(tmp_path: Path)
     assert process.returncode == ExitCode.INTERRUPTED
     assert told.splitlines()[-1] == "lowbit: interrupted; the verdicts so far are in verdicts.jsonl, continue with --resume"
     assert not (tmp_path / "out" / "report.json").exists()
-    assert all(json.loads(line)["case"] for line in partial.read_text().splitlines())
+    first, *lines = partial.read_text().splitlines()
+    assert json.loads(first)["run"]["backend"] == "cpu"
+    assert all(json.loads(line)["case"] for line in lines)
 
 
 def test_killed_run_is_resumed_and_keeps_its_verdicts(lowbit: Command, tmp_path: Path) -> None:
@@ -444,7 +465,7 @@ def test_killed_run_is_resumed_and_keeps_its_verdicts(lowbit: Command, tmp_path:
         time.sleep(0.05)
     assert _workers(process.pid) == []
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"verdicts.jsonl"}
-    kept = [json.loads(line) for line in partial.read_text().split("\n")[:-1]]
+    kept = [json.loads(line) for line in partial.read_text().split("\n")[1:-1]]
     with partial.open("ab") as stream:
         stream.write(b'{"case": "gemm_w4a8_int8/dir')  # what a kill leaves of a line
     only_sentence(lowbit(*arguments, "out", "--resume", "--shard", "1/2"), ExitCode.BAD_INPUT, "of another run")

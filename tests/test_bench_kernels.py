@@ -630,13 +630,29 @@ def test_a_registered_peer_stands_for_what_it_dispatches() -> None:
     assert subjects_of(peer, problems_of(replace(GEMM, shapes="3@64x32"))[0], True) == ()
 
 
+@pytest.mark.parametrize(
+    ("peers", "name"),
+    [
+        (((Vendor("p"), False), (Vendor("p"), False)), "p"),
+        (((Vendor("p", ("one", "two")), True), (Vendor("q", ("three", "two")), True)), "two"),
+        (((Vendor("p", ("two", "one")), True), (Vendor("two"), False)), "two"),
+    ],
+)
+def test_two_peers_of_one_name_are_refused_before_anything_is_timed(peers: Sequence[tuple[Vendor, bool]], name: str) -> None:
+    ours = Vendor("v")
+    with pytest.raises(DomainError, match=f"m1n.*two peers are called '{name}'.*rename the tactic of one"):
+        bench(replace(GEMM, shapes="3,1@64x32"), ours, peers, Clock({}))
+    assert not ours.calls
+    assert not ours.prepared
+
+
 # refusals and the command -----------------------------------------------------------------------------------------------
 
 
 def test_a_backend_that_does_not_run_on_a_device_is_refused() -> None:
     with pytest.raises(BackendError, match="computes on the host here"):
         device_of(SimpleNamespace(name="x", device="host"))
-    with pytest.raises(BackendError, match="compiled, never executed on a device"):
+    with pytest.raises(BackendError, match="compiled, not executed on this machine"):
         device_of(SimpleNamespace(name="x", device="host", execution="compiled"))
     assert device_of(Vendor("v")) == "cuda:0"
 

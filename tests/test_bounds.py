@@ -15,7 +15,7 @@ import numpy.typing as npt
 import pytest
 
 from lowbit.conformance.bounds import check_declaration, power, restrict, sample_of, to_expectation
-from lowbit.conformance.case import Case, Problem, Stream
+from lowbit.conformance.case import Case, Operands, Problem, Stream, Tensor
 from lowbit.conformance.op import Op, make_problem, parse_case, parse_problem
 from lowbit.conformance.ops import ops
 from lowbit.conformance.patterns import EXACT_WIDTHS, draw_operands
@@ -463,6 +463,14 @@ def test_restricted_problem_has_the_rows_and_columns_of_the_whole(text: str) -> 
     assert (whole.hi[np.ix_(rows, columns)] == some.hi).all()
 
 
+def _with_scales(operands: Operands, code: int) -> Operands:
+    """The operands with one binary32 code for each token and channel scale."""
+    scales = {name: np.full_like(operands[name].codes, code) for name in ("token_scale", "channel_scale")}
+    return Operands({
+        name: Tensor(scales[name], tensor.format) if name in scales else tensor for name, tensor in operands.items()
+    })
+
+
 def test_power_sees_faults_and_says_where_it_would_not() -> None:
     """On operands of an exact lane every fault shows; under 14 bits in no order and K of 4,096 an all-zero output would pass."""
     case = parse_case("gemm_w8a8_fp8/scaled/m3n8k4096/bf16.bias/exactw14/s1", ops())
@@ -471,12 +479,19 @@ def test_power_sees_faults_and_says_where_it_would_not() -> None:
     assert op.program is not None
     good = Declaration(op.program(case.problem, DATAPATHS["ieee_f32"]))
     shown = power(op, case, operands, good, op.expect(case, operands, good)["d"])
-    assert shown == {name: True for name in ("zero_output", "k_block_dropped", "weight_step", "bias_dropped")}
+    assert shown == {
+        name: True for name in ("zero_output", "k_block_dropped", "weight_step", "outer_scales_cut", "bias_dropped")
+    }
+    narrow = _with_scales(operands, 0x3FC00000)  # 1.5 is a bf16 value: rounding it changes nothing
+    assert "outer_scales_cut" not in power(op, case, narrow, good, op.expect(case, narrow, good)["d"])
+    odd = _with_scales(operands, 0x3FC07FFF)
+    assert power(op, case, odd, good, op.expect(case, odd, good)["d"])["outer_scales_cut"] is True
     loose_case = replace(case, pattern="normal")
     operands = draw_operands(op, loose_case)
     loose = Declaration(in_any_order(op.program(case.problem, DATAPATHS["hopper_wgmma_fp8"])))
     blind = power(op, loose_case, operands, loose, op.expect(loose_case, operands, loose)["d"])
     assert blind["zero_output"] is False
+    assert blind["outer_scales_cut"] is False
     assert check_declaration(op, case.problem, good) == ("", "as the contract")
 
 

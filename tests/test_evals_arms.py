@@ -440,6 +440,41 @@ def test_a_backend_on_a_torch_device_sees_its_tensors() -> None:
     assert torch.equal(call["a"].memory.view(torch.bfloat16), found.x)
 
 
+class Asked(Counted):
+    """Remembers what it was asked, and for how many rows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.questions: list[tuple[str, int]] = []
+
+    def supports(self, problem: Problem) -> str | None:
+        self.questions.append(("supports", problem.dim("m")))
+        return super().supports(problem)
+
+    def tactics(self, problem: Problem) -> tuple[str, ...]:
+        self.questions.append(("tactics", problem.dim("m")))
+        return ("slow", "fast")
+
+    def workspace(self, problem: Problem, tactic: str) -> int:
+        self.questions.append((f"workspace of {tactic}", problem.dim("m")))
+        return 8 * problem.dim("m")
+
+
+def test_a_backend_is_asked_once_what_it_says_of_a_problem() -> None:
+    """A model that generates calls the same problems again and again: only run() is repeated, with the problem's workspace."""
+    found, backend = drawn(PROBLEMS[0]), Asked()
+    arm = BackendArm(backend)
+    layers = [arm.prepare(found.linear, BF16, CPU) for _ in range(2)]  # of one shape
+    for rows in (1, 5, 5, 3, 5, 1):
+        for layer in layers:
+            arm.run(layer, found.x[:rows])
+    assert sorted(backend.questions) == sorted(
+        (said, rows) for rows in (1, 3, 5) for said in ("supports", "tactics", "workspace of slow")
+    )
+    assert arm.kernels == {"kernel_slow": 12}
+    assert [call["workspace"].shape[0] for call in backend.seen[2:]] == [8 * rows for rows in (1, 5, 5, 3, 5, 1) for _ in layers]
+
+
 def test_a_state_per_number_of_rows() -> None:
     found, backend = drawn(PROBLEMS[0]), Counted()
     arm = BackendArm(backend, per_rows=True)

@@ -188,6 +188,17 @@ def test_shards_are_found_by_the_index(tmp_path: Path) -> None:
         open_checkpoint(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["../.bashrc", "/etc/passwd", "sub/a.safetensors", "..", "", 3])
+def test_an_index_that_leaves_the_folder_is_refused(tmp_path: Path, name: object) -> None:
+    (tmp_path / ".bashrc").write_text("mine", encoding="utf-8")
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}", encoding="utf-8")
+    (folder / INDEX).write_text(json.dumps({"weight_map": {"evil": name}}), encoding="utf-8")
+    with pytest.raises(CheckpointError, match="expected file names without a folder"):
+        open_checkpoint(folder)
+
+
 def test_an_order_that_changes_nothing_is_accepted(tmp_path: Path) -> None:
     order = torch.arange(K, dtype=torch.int32) // 32
     assert read(tmp_path, packed(32) | {"weight_g_idx": order}, W4A16).k == K

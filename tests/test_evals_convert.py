@@ -69,6 +69,8 @@ def test_every_code_stays_and_the_activations_become_fp8(tmp_path: Path, dtype: 
     assert (found.layers, found.scales, found.zeroed, found.changed) == (2, 4 * N, 0, 4 * N)
     assert 0 < found.worst < 2**-24
     assert told == [f"write {SINGLE}", "checked 2 of 2 layers"]
+    (tmp_path / "other").mkdir()
+    assert (tmp_path / "dst").stat().st_mode == (tmp_path / "other").stat().st_mode
 
 
 def test_both_arms_read_the_same_weights(tmp_path: Path) -> None:

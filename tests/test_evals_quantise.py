@@ -141,6 +141,22 @@ def test_low_rank_takes_the_largest_singular_pairs(shape: tuple[int, int]) -> No
     assert torch.equal(kept.float() + rest, w)
 
 
+def test_known_low_rank_factors_are_not_worked_out_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(matrix: torch.Tensor) -> None:
+        raise AssertionError("worked out again")
+
+    w = torch.randn(64, 128, generator=torch.Generator().manual_seed(4))
+    factors: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+    first = quantise_linear(RECIPES["svdquant"], "l", w, BF16, factors=factors)
+    monkeypatch.setattr(torch.linalg, "eigh", refused)
+    again = quantise_linear(RECIPES["svdquant"], "l", w, BF16, factors=factors)
+    assert list(factors) == ["l"]
+    assert first.constants.keys() == again.constants.keys()
+    assert all(np.array_equal(first.constants[name].codes, held.codes) for name, held in again.constants.items())
+    with pytest.raises(AssertionError, match="worked out again"):
+        quantise_linear(RECIPES["svdquant"], "another", w, BF16, factors=factors)
+
+
 def test_low_rank_beyond_the_matrix_is_zeros() -> None:
     w = torch.from_numpy(np.random.Generator(np.random.PCG64(1)).normal(0, 1, (8, 128)))
     up, down, rest = low_rank(w, 16, torch.bfloat16)

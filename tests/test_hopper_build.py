@@ -211,7 +211,7 @@ def test_no_compiler(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert str(caught.value) == (
         "got no nvcc on PATH, under CUDA_HOME or among pip's packages, expected one for Hopper kernels; install the CUDA toolkit "
         "(12.8 or later) and put nvcc on PATH or set CUDA_HOME, or pip install nvidia-cuda-nvcc nvidia-nvvm nvidia-cuda-crt "
-        "nvidia-cuda-runtime"
+        "nvidia-cuda-runtime nvidia-cuda-cccl"
     )
 
 

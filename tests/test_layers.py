@@ -34,7 +34,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("lowbit.conformance.simulator",),  # a backend of the suite itself: it computes what the references say
     ("lowbit.conformance.gallery", "lowbit.conformance.gallery.*"),  # the simulator with faults, and without guilt
     ("lowbit.conformance.verdict",),
-    ("lowbit.conformance.report_records", "lowbit.conformance.waivers"),
+    ("lowbit.conformance.report_records", "lowbit.conformance.waivers", "lowbit.conformance.power"),
     ("lowbit.conformance.report_levels", "lowbit.conformance.report_coverage", "lowbit.conformance.audit_findings",
      "lowbit.conformance.audit_table"),
     ("lowbit.conformance.report_schema",),

@@ -36,7 +36,9 @@ from lowbit.conformance.report import (
     Run,
     Subject,
     append_verdict,
+    begin_partial,
     build,
+    check_partial,
     diff,
     from_json,
     granted,
@@ -101,7 +103,7 @@ REJECTED = Verdict("int4_pack/plain/m8k63/plain/reject/s0", "acme", "default", "
 
 
 def _small(verdicts: list[Verdict], **given: Any) -> Report:
-    run = Run("2026-11-20T01:00:00+00:00", "2026-11-20T02:00:00+00:00", 3600.0, "lowbit certify acme", 7,
+    run = Run("2026-11-20T01:00:00+00:00", "2026-11-20T02:00:00+00:00", 3600.0, "lowbit certify acme", 7, 170, 100,
               hosts=(Host("3", "2", "x", 2),))
     standard = {"suite": "2026.11.0", "contract": "1", "subject": Subject("acme", "acme", "cpu"), "run": run, "requested": 2,
                 "cases": [v.case for v in verdicts]}
@@ -173,7 +175,7 @@ def test_a_breach_of_the_schema_is_refused(data: str, edit: Callable[[dict[str, 
     changed = json.loads(data)
     edit(changed)
     text = _resigned(changed)
-    with pytest.raises(ReportError, match="is not a lowbit-report/2"):
+    with pytest.raises(ReportError, match="is not a lowbit-report/3"):
         from_json(text)
     assert verify(json.loads(text), NOW, contract="1", suite="2026.11.0") != ()
 
@@ -186,7 +188,7 @@ def test_a_breach_of_the_schema_is_refused(data: str, edit: Callable[[dict[str, 
     ("claims", _put("claims", 3, "supported", value=21)),
     ("claims", _put("claims", 5, "lower_classes", value=[])),
     ("failures", _put("failures", value=[])),
-    ("power", _put("power", "gemm_w4a16", "bias dropped", value=3)),
+    ("power", _put("power", "gemm_w4a16/folded", "bias dropped", value=3)),
     ("coverage", _put("coverage", "products", value=10**15)),
     ("coverage", _put("coverage", "long_k", "gemm_nvfp4", value=99)),
     ("level_granted", _put("level_granted", value=3)),
@@ -300,7 +302,7 @@ def test_power_counts_passing_cases_alone() -> None:
         _gemm("lognormal", 2, power={"zero output": True, "bias dropped": True}, status=Status.DRIFT, reason="x"),
         _pack(),
     ]
-    assert power_of(verdicts) == {"gemm_w4a16": {"bias dropped": 0, "zero output": 2}}
+    assert power_of(verdicts) == {"gemm_w4a16/plain": {"bias dropped": 0, "zero output": 2}}
 
 
 def test_a_failure_is_a_sentence_and_a_line() -> None:
@@ -315,8 +317,12 @@ def test_a_failure_is_a_sentence_and_a_line() -> None:
 
 # Levels --------------------------------------------------------------------------------------------------------------------
 
-_PATTERNS = ("exactw14", "onehot", "scaleprobe", "lognormal", "audit_cut", "repeat")
-WHOLE = [_pack(), _pack("repeat"), *(_gemm(pattern) for pattern in _PATTERNS)]
+_PATTERNS = ("onehot", "scaleprobe", "audit_cut", "repeat")
+WHOLE = [
+    *(_pack(seed=100 + seed) for seed in range(44)), _pack("repeat"), *(_gemm(pattern) for pattern in _PATTERNS),
+    *(_gemm("exactw14", 100 + seed) for seed in range(44)), *(_gemm("lognormal", 100 + seed) for seed in range(44)),
+]
+"""LVL-8: 44 drawn cases in the lanes of a level, of the one class that each op claims here."""
 
 
 def _level(verdicts: list[Verdict], requested: int = 3) -> tuple[int | None, str]:
@@ -336,7 +342,7 @@ def test_a_whole_run_is_granted_what_was_asked() -> None:
     assert _level(WHOLE, 4)[0] == 3
     best, results = granted(WHOLE, power_of(WHOLE), 2)
     assert [result.outcome for result in results] == ["granted", "granted", "granted", "not requested", "not run"]
-    assert [result.cases for result in results] == [0, 4, 2, 2, 0]
+    assert [result.cases for result in results] == [0, 44 + 46, 44 + 1, 2, 0]
     assert results[2].reasons == ("over 2 ops and 2 of 2 selected problems",)
     assert best == 2
 
@@ -360,8 +366,8 @@ NO: dict[str, Any] = {"status": Status.UNSUPPORTED, "reason": "no"}
     (_without("codes"), 0, "int4_pack: no case was judged in any lane"),
     (_without("lognormal"), 1, "gemm_w4a16: no case was judged in bounded"),
     (_without("lognormal", _gemm("lognormal", power={"zero output": True, "bias dropped": False})), 1,
-     "gemm_w4a16: no passing case would have shown bias dropped"),
-    (_without("lognormal", _gemm("lognormal", power={})), 1, "gemm_w4a16: the power of its cases was not measured"),
+     "gemm_w4a16/plain: no passing case would have shown bias dropped"),
+    (_without("lognormal", _gemm("lognormal", power={})), 1, "gemm_w4a16/plain: the power of its cases was not measured"),
     ([v for v in WHOLE if "int4_pack" not in v.case or "repeat" not in v.case], 2, "int4_pack: no case was judged in stability"),
 ])
 def test_why_not_higher(verdicts: list[Verdict], level: int | None, reason: str) -> None:
@@ -398,6 +404,75 @@ def test_a_waiver_grants_aloud() -> None:
     assert (results[1].outcome, results[1].waived) == ("granted", 1)
     assert "waived 1" in results[1].reasons
     assert results[2].reasons == ("over 2 ops and 2 of 2 selected problems",)
+
+
+def test_each_claimed_class_needs_its_lanes() -> None:
+    """LVL-8: another choice of options is another class; the sentence names it with its lane. UNSUPPORTED claims nothing."""
+
+    def other(pattern: str, name: str = "f16", **given: Any) -> Verdict:
+        found = _gemm(pattern, **given)
+        return replace(found, case=found.case.replace("/bf16/", f"/{name}/"))
+
+    assert _level([*WHOLE, other("exactw14", **NO), other("onehot", **NO), other("lognormal", **NO)])[0] == 3
+    assert _level([*WHOLE, other("vector")]) == (
+        0, "gemm_w4a16: no case was judged in exact of plain/f16; gemm_w4a16: no case was judged in onehot of plain/f16")
+    assert _level([*WHOLE, other("exactw14"), other("onehot")]) == (1, "gemm_w4a16: no case was judged in bounded of plain/f16")
+    assert _level([*WHOLE, other("exactw14"), other("onehot"), other("lognormal")])[0] == 3
+    failing = other("onehot", status=Status.CRASHED, reason="signal 9")
+    assert "in onehot of plain/f16" in _level([*WHOLE, other("exactw14"), failing])[1]
+    many = [other("scaleprobe", f"o{number}") for number in range(7)]
+    assert "in exact of plain/o0, plain/o1, plain/o2, plain/o3 and 3 more; " in _level([*WHOLE, *many])[1]
+    packed = [replace(_pack("vector"), case=_pack("vector").case.replace("/plain/vector", "/int8/vector"))]
+    assert _level([*WHOLE, *packed]) == (0, "int4_pack: no case was judged in encoding of plain/int8")
+
+
+@pytest.mark.parametrize(("pattern", "level", "lanes"), [
+    ("codes", 0, "int4_pack: 43 drawn cases judged in encoding"),
+    ("lognormal", 1, "gemm_w4a16: 43 drawn cases judged in bounded"),
+])
+def test_a_level_needs_44_drawn_cases_of_each_op(pattern: str, level: int, lanes: str) -> None:
+    """LVL-8. Cases count, not tactics; stored vectors are not drawn."""
+    fewer = [verdict for verdict in WHOLE if not verdict.case.endswith(f"/{pattern}/s100")]
+    assert len(fewer) == len(WHOLE) - 1
+    again = next(verdict for verdict in fewer if f"/{pattern}/" in verdict.case)
+    more = [*fewer, replace(again, tactic="split2"), _pack("vector"), _gemm("vector")]
+    said = f"{lanes}, 44 are the least: the run is shortened, or the backend refuses too many of the sizes that are drawn"
+    assert _level(more) == (level, said)
+
+
+def _short(per_op: int, repeats: int, requested: int) -> Report:
+    return _small(WHOLE, run=replace(_small(WHOLE).run, per_op=per_op, repeats=repeats), requested=requested)
+
+
+@pytest.mark.parametrize(("per_op", "repeats", "requested", "said"), [
+    (10, 100, 2, "shortened run: 10 of 170 drawn cases per op"),
+    (169, 99, 3, "shortened run: 169 of 170 drawn cases per op, 99 of 100 repeats"),
+    (170, 99, 3, "shortened run: 99 of 100 repeats"),
+    (170, 99, 2, ""),
+    (400, 1000, 3, ""),
+])
+def test_a_shortened_run_is_granted_no_level(per_op: int, repeats: int, requested: int, said: str) -> None:
+    """LVL-7: not even L0; JUnit and the text of the report say what was left out. Repeats are of L3."""
+    found = _short(per_op, repeats, requested)
+    assert (found.run.per_op, found.run.repeats) == (per_op, repeats)
+    assert found.level_granted == (None if said else requested)
+    outcomes = {row.outcome for row in found.levels[: requested + 1]}
+    assert outcomes == ({"refused"} if said else {"granted"})
+    if said:
+        assert {row.reasons for row in found.levels[: requested + 1]} == {(said,)}
+    suites = ET.fromstring(junit(found)).findall("testsuite")
+    told = {suite.find("properties/property[@name='cases']").get("value") for suite in suites}  # type: ignore[union-attr]
+    assert told == {said or "the whole list"}
+    changed = json.loads(to_json(found))
+    changed["run"]["per_op"] = 170 if per_op < 170 else 169
+    with pytest.raises(ReportError, match=r"level(s|_granted) does not follow"):
+        from_json(_resigned(changed))
+
+
+@pytest.mark.parametrize(("per_op", "repeats"), [(0, 100), (-3, 100), (170, 0)])
+def test_a_run_of_no_cases_is_refused(per_op: int, repeats: int) -> None:
+    with pytest.raises(ReportError, match="expected 1 or more of both"):
+        _short(per_op, repeats, 2)
 
 
 def test_what_is_not_supported_counts_in_the_claim() -> None:
@@ -517,6 +592,27 @@ def test_a_whole_line_that_is_no_verdict_is_refused(tmp_path: Path) -> None:
         load_partial(tmp_path / "absent.jsonl")
 
 
+def test_verdicts_say_what_run_they_are_of(tmp_path: Path) -> None:
+    """The first line: a run is resumed only under the same. An older file without it is of no run."""
+    path = tmp_path / "verdicts.jsonl"
+    run = {"backend": "acme", "code": "1f", "shard": (1, 1), "describe": {"driver": "5"}}
+    begin_partial(path, run)
+    append_verdict(path, WHOLE[0])
+    assert load_partial(path) == (WHOLE[0],)
+    check_partial(path, run)
+    for other in ({"code": "2f"}, {"describe": {"driver": "6"}}, {"shard": (1, 2)}):
+        with pytest.raises(ReportError, match=rf"are of another run: it differs in {next(iter(other))}; repeat the command"):
+            check_partial(path, run | other)
+    begin_partial(path, run)
+    assert load_partial(path) == ()
+    append_verdict(tmp_path / "old.jsonl", WHOLE[0])
+    with pytest.raises(ReportError, match="differs in backend, code, describe, shard"):
+        check_partial(tmp_path / "old.jsonl", run)
+    path.write_text('{"run":{"backend"')
+    with pytest.raises(ReportError, match="does not begin with what run"):
+        check_partial(path, run)
+
+
 _WRITER = """
 import sys
 from pathlib import Path
@@ -592,9 +688,9 @@ def test_merged_shards_are_the_whole_run(sample: Report) -> None:
     assert verify(json.loads(to_json(merged)), NOW, contract="1", suite="2026.11.0") == ()
 
 
-def _with_seed(report: Report) -> Report:
+def _with(report: Report, **changes: Any) -> Report:
     return build(
-        suite=report.suite, contract=report.contract, subject=report.subject, run=replace(report.run, seed=1),
+        suite=report.suite, contract=report.contract, subject=report.subject, run=replace(report.run, **changes),
         cases=report.manifest.cases, verdicts=report.verdicts, requested=report.level_requested, waivers=report.waivers,
     )
 
@@ -615,7 +711,9 @@ def test_a_merge_that_is_not_complete_is_refused() -> None:
         ([one, fewer, three], "differ in the manifest"),
         ([one, lost, three], r"no shard holds \d+ of 259 selected cases: int4_pack/"),
         ([one, shared, three], "1 case in more than one shard, the first .* in 1/3 and 2/3"),
-        ([one, _with_seed(two), three], "differ in the seed"),
+        ([one, _with(two, seed=1), three], "differ in the seed"),
+        ([one, _with(two, per_op=10), three], "differ in the drawn cases per op"),
+        ([one, _with(two, repeats=10), three], "differ in the repeats"),
     ):
         with pytest.raises(MergeError, match=message):
             merge(reports)
@@ -684,7 +782,7 @@ def test_findings_of_verify(sample: Report, data: str, tmp_path: Path) -> None:
     assert "not in order" in _one_finding(_small(WHOLE, run=replace(run, started=run.finished, finished=run.started)))
     assert "incomplete: 1 selected case" in _one_finding(_small(WHOLE, cases=[*(v.case for v in WHOLE), _pack(seed=9).case]))
     passing = Waiver("int4_pack/*", "PACK-1", "https://example.org/1", date(2027, 1, 1))
-    assert "matches 2 passing verdicts" in _one_finding(_small(WHOLE, waivers=[passing]))
+    assert "matches 45 passing verdicts" in _one_finding(_small(WHOLE, waivers=[passing]))
     assert "matches none of" in _one_finding(_small(WHOLE, waivers=[replace(passing, case="scale_fold/*")]))
     changed = json.loads(data)
     changed["run"]["command"] = "lowbit certify"

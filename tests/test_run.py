@@ -83,6 +83,38 @@ class Plain(Cpu):
         return super().supports(problem)
 
 
+class Raising(Cpu):
+    """Takes an empty M and raises."""
+    __slots__ = ()
+
+    def run(self, problem, tactic, state, inputs, outputs, workspace, stream):
+        if problem.dim("m") == 0:
+            raise RuntimeError("no rows to compute")
+        return super().run(problem, tactic, state, inputs, outputs, workspace, stream)
+
+
+class Stale(Cpu):
+    """An empty M leaves something behind that changes the next call."""
+    __slots__ = ()
+    left = []
+
+    def run(self, problem, tactic, state, inputs, outputs, workspace, stream):
+        name = super().run(problem, tactic, state, inputs, outputs, workspace, stream)
+        if problem.dim("m") == 0:
+            self.left.append(problem)
+        elif self.left:
+            outputs["d"].memory[0, 0] ^= 0x4000
+        return name
+
+
+class Misspelt(Cpu):
+    """Its supports ends in a NameError where K is odd to it."""
+    __slots__ = ()
+
+    def supports(self, problem):
+        return super().supports(problem) and no_such_name
+
+
 class Wrong(Cpu):
     """Drifts in problems of the row variant."""
     __slots__ = ()
@@ -180,7 +212,7 @@ def test_part_of_a_list_does_not_depend_on_the_rest_of_it() -> None:
 
 # Shards and resumption -----------------------------------------------------------------------------------------------
 
-SMALL = Plan("cpu", 2, ("scale_fold", "int4_repack"), per_op=1)
+SMALL = Plan("cpu", 2, ("scale_fold", "int4_repack"))
 
 
 def essence(found: report.Report) -> set[tuple[str, str, Status, str, str]]:
@@ -265,14 +297,40 @@ def test_declaration_that_no_one_can_evaluate_is_a_verdict(backend: Callable[[st
 
 
 def test_relations_that_need_an_unsupported_problem_are_unsupported(backend: Callable[[str], str]) -> None:
-    """A backend without bias fails no relation about the bias; refusing an empty M is a right."""
+    """A backend without bias fails no relation about the bias; refusing an empty M is a right (BCK-2) that shows nothing."""
     reference = backend("Plain")
     case = "gemm_w4a8_int8/direct/m9n32k128g64/f16"
     bias = run_one(f"{case}/prop_bias/s1", reference)[0]
     assert bias.status is Status.UNSUPPORTED
     assert "no bias and no empty M" in bias.reason
-    assert run_one(f"{case}/prop_empty/s1", reference)[0].status is Status.EXACT
+    empty = run_one(f"{case}/prop_empty/s1", reference)[0]
+    assert (empty.status, empty.reason.rpartition(": ")[2]) == (Status.UNSUPPORTED, "no bias and no empty M")
     assert run_one(f"{case}/prop_rows/s1", reference)[0].status is Status.EXACT
+
+
+@pytest.mark.parametrize(("name", "status", "said"), [
+    ("Cpu", Status.EXACT, ""),
+    ("Raising", Status.RAISED, "no rows to compute"),
+    ("Stale", Status.DRIFT, "the next call is as before it"),
+])
+def test_an_empty_call_raises_nothing_and_leaves_nothing(
+    backend: Callable[[str], str], name: str, status: Status, said: str
+) -> None:
+    """CAS-4, PRP-7: M = 0 is legal once it is supported."""
+    found = run_one("gemm_w4a8_int8/direct/m9n32k128g64/f16/prop_empty/s1", backend(name))[0]
+    assert found.status is status
+    assert said in found.reason
+    assert found.judged == (9 * 32 if status is not Status.RAISED else 0)
+    assert found.clause == ("PRP-7" if status is not Status.RAISED else "BCK-3")
+
+
+def test_an_exception_of_supports_refuses_nothing(backend: Callable[[str], str]) -> None:
+    """BCK-2: a problem outside the domain is refused by a sentence; a name that does not exist is no refusal."""
+    text = f"{ops()['gemm_w4a8_int8'].rejects[0][0]}/reject/s0"
+    assert run_one(text, "cpu")[0].status is Status.EXACT
+    found = run_one(text, backend("Misspelt"))[0]
+    assert (found.status, found.clause) == (Status.RAISED, "BCK-2")
+    assert "supports() raised NameError" in found.reason
 
 
 def test_repro_line_of_every_lane_gives_the_verdict_of_the_run(backend: Callable[[str], str]) -> None:

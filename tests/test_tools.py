@@ -5,6 +5,7 @@ Faulty outputs come from the cpu backend on operands that were changed here, so 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -68,6 +69,27 @@ class Second(Cpu):
         if tactic == "split 2":
             outputs["d"].memory[0, 0] ^= 0x400
         return name
+
+
+class Sometimes(Cpu):
+    """Wrong in run 0, 2, 3, 5, 6, ... of all processes, by another bit in turn; `Once`: in run 0 alone."""
+    __slots__ = ()
+    wrong = staticmethod(lambda number: 0 if number % 3 == 1 else 0x200 << number % 3)
+
+    def run(self, problem, tactic, state, inputs, outputs, workspace, stream):
+        from pathlib import Path
+
+        name = super().run(problem, tactic, state, inputs, outputs, workspace, stream)
+        count = Path(__file__).with_suffix(".runs")
+        number = len(count.read_text()) if count.exists() else 0
+        count.write_text("x" * (number + 1))
+        outputs["d"].memory[0, 0] ^= self.wrong(number)
+        return name
+
+
+class Once(Sometimes):
+    __slots__ = ()
+    wrong = staticmethod(lambda number: 0 if number else 0x400)
 
 
 class Writer(Cpu):
@@ -303,6 +325,7 @@ def test_bundle_holds_the_batch_that_fails(tmp_path: Path, faulty: Callable[[str
     text = "gemm_w8a8_fp8/scaled/m8n8k128/bf16/onehot/s1"
     assert run_one(text, faulty("Late"))[0].status is Status.DRIFT
     bundle = bundles.record(text, faulty("Late"), "default", tmp_path / "late.safetensors")
+    assert bundle is not None
     assert bundle.batch == 100 // 8
     assert bundles.load(tmp_path / "late.safetensors").batch == 12
     assert bundles.replay(tmp_path / "late.safetensors").status is Status.DRIFT
@@ -313,8 +336,29 @@ def test_bundle_of_the_command_is_of_the_tactic_that_fails(inside: Any, faulty: 
     done = inside("run", case, "--backend", faulty("Second"), "--bundle", "b.safetensors")
     assert done.returncode == 1
     assert [line.split()[0] for line in done.stdout.splitlines() if "on python:" in line] == ["EXACT", "DRIFT"]
+    assert "a second run" not in done.stdout
     assert inside("replay", "b.safetensors").stdout.startswith(f"DRIFT {case}")
     assert bundles.load(Path("b.safetensors")).tactic == "split 2"
+
+
+def test_bundle_of_a_kernel_that_does_not_repeat_its_bits_fails_too(inside: Any, faulty: Callable[[str], str]) -> None:
+    """Run 0 is judged, run 1 is right and is not kept, run 2 fails by another bit."""
+    case = "gemm_w4a8_int8/direct/m4n8k64g32/f16/normal/s1"
+    done = inside("run", case, "--backend", faulty("Sometimes"), "--bundle", "b.safetensors")
+    assert done.returncode == 1
+    assert "of a second run, whose bits are not those judged above" in done.stdout
+    assert Path(faulty("Sometimes").split(":")[1]).with_suffix(".runs").read_text() == "xxx"
+    assert inside("replay", "b.safetensors").stdout.startswith(f"DRIFT {case}")
+
+
+def test_a_failure_that_does_not_come_back_has_no_bundle(inside: Any, faulty: Callable[[str], str]) -> None:
+    case = "gemm_w4a8_int8/direct/m4n8k64g32/f16/normal/s1"
+    done = inside("run", case, "--backend", faulty("Once"), "--bundle", "b.safetensors", "--json", "run.json")
+    assert done.returncode == 1
+    assert done.stdout.startswith("DRIFT")
+    assert f"no bundle: run again {bundles.ATTEMPTS} times the case passed" in done.stdout
+    assert not Path("b.safetensors").exists()
+    assert json.loads(Path("run.json").read_text())[0]["status"] == "DRIFT"
 
 
 def test_bundle_remembers_what_was_done_to_memory(tmp_path: Path, faulty: Callable[[str], str]) -> None:

@@ -230,13 +230,21 @@ def calls_of(tree: ast.AST) -> set[str]:
 
 @pytest.mark.parametrize("module", OWN)
 def test_bits_never_depend_on_an_approximate_operation(module: str) -> None:
-    """In kernels: no `/` outside the one place that corrects it, no cast to bf16 or fp8, no atomics, no tl.dot_scaled."""
+    """In kernels: no `/`, no cast to bf16 or fp8, no atomics, no tl.dot_scaled, and PTX only where a compile-time argument asks
+    for it, beside the same in Triton."""
     kernels = [node for node in tree_of(module).body if isinstance(node, ast.FunctionDef)
                and any("triton.jit" in ast.unparse(decorator) for decorator in node.decorator_list)]
     for kernel in kernels:
         divisions = [node for node in ast.walk(kernel) if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Div)]
-        assert len(divisions) == (kernel.name == "short_reciprocal"), kernel.name
-        assert not [name for name in calls_of(kernel) if "atomic" in name or "dot_scaled" in name or "inline_asm" in name]
+        assert not divisions, kernel.name
+        assert not [name for name in calls_of(kernel) if "atomic" in name or "dot_scaled" in name]
+        unasked = [node for node in ast.walk(kernel) if isinstance(node, ast.Call) and "inline_asm" in ast.unparse(node.func)]
+        for branch in ast.walk(kernel):
+            if isinstance(branch, ast.If) and "PTX" in ast.unparse(branch.test):
+                assert branch.orelse, kernel.name
+                inside = {id(node) for statement in branch.body for node in ast.walk(statement)}
+                unasked = [node for node in unasked if id(node) not in inside]
+        assert not unasked, kernel.name
         for node in ast.walk(kernel):
             if isinstance(node, ast.Call) and ast.unparse(node.func).endswith(".to") and node.args:
                 kind = ast.unparse(node.args[0])
@@ -246,32 +254,43 @@ def test_bits_never_depend_on_an_approximate_operation(module: str) -> None:
 # Arithmetic that the kernels rest on, from fractions -------------------------------------------------------------------
 
 
-def test_the_least_of_three_lines_numbers_the_codes_of_e2m1() -> None:
-    """`away_code`: round half up of min(2x, x + 2, x / 2 + 4) is the code, for every value between two codes and at every tie."""
-    values = [Fraction(v) for v in ("0", "1/2", "1", "3/2", "2", "3", "4", "6")]
-    for step in range(0, 7 * 64):
-        x = Fraction(step, 64)
-        nearest = max(code for code, value in enumerate(values) if code == 0 or x >= (value + values[code - 1]) / 2)
-        number = min(2 * x, x + 2, x / 2 + 4, Fraction(7))
-        assert (number + Fraction(1, 2)).__floor__() == nearest, x
+def nearest_but_equal(y: int, bits: int) -> Fraction:
+    """Least distance, relative to the integer y, of a number of `bits` significand bits that is not y."""
+    below = y.bit_length() - bits
+    unit = Fraction(2) ** below
+    floor = (Fraction(y) / unit).__floor__()
+    return min(abs(n * unit / y - 1) for n in (floor - 1, floor, floor + 1) if n * unit != y)
 
 
-def test_a_sixteenth_sends_ties_up_and_nothing_else() -> None:
-    """What `away_code` keeps of a value, three significand bits, leaves numbers that are no tie more than a sixteenth below
-    one."""
-    for exponent in range(-3, 3):
-        for significand in range(4, 8):
-            kept = Fraction(significand, 4) * Fraction(2) ** exponent
-            number = min(2 * kept, kept + 2, kept / 2 + 4)
-            fraction = number - number.__floor__()
-            nudged = number + Fraction(1, 16)
-            up = number.__floor__() + (fraction >= Fraction(1, 2))
-            rounded = nudged.__floor__() + (nudged - nudged.__floor__() > Fraction(1, 2))
-            assert rounded == up, kept
+def test_what_is_divided_twice_is_a_tie_of_e2m1_or_not_near_one() -> None:
+    """`fast_tile`, nvfp4: x of 11 significand bits is t s c, for a tie t of e2m1, s of 11 bits and a scale c of ue4m3, or further
+    from it than 2^-18 of its size. Ties 1/4 to 5 have the odd parts 1, 3, 5, 7; of s and c all significands are tried."""
+    closest = min(nearest_but_equal(t * c * s, 11) for t in (1, 3, 5, 7) for c in range(8, 16) for s in range(1024, 2048))
+    assert closest > Fraction(1, 1 << 18)
+    margin, near = Fraction(1, 1 << 19), Fraction(1, 1 << 20)  # what is added to quotients, and how near they are
+    assert near < margin
+    assert closest > margin + near + margin * near
+
+
+def test_a_sixth_of_amax_is_a_tie_of_ue4m3_or_not_near_one() -> None:
+    """`fast_tile`, nvfp4: amax = x / s; its sixth against ties of ue4m3, 17/16 to 31/16 of a power of two, or (2k + 1) / 2 units
+    of the subnormal numbers. In codes of binary32 of which ue4m3 is the upper part, a tie is 2^19 above a multiple of 2^20; what
+    is no tie is more than the 16 places away that count as one, and what is one is within them."""
+    near = Fraction(1, 1 << 21)  # four roundings to 24 bits, one of them of the constant
+    for tie in range(17, 32, 2):  # a place is 2^-23 of a number of 1 to 2
+        closest = min(nearest_but_equal(6 * tie * s, 11) for s in range(1024, 2048))
+        value = Fraction(tie, 16)
+        assert (closest - near * (1 + closest)) * value * (1 << 23) > 17
+        assert near * value * (1 << 23) + 1 < 16
+    for k in range(8):  # a place is 2^-20 of a unit
+        closest = min(nearest_but_equal(3 * (2 * k + 1) * s, 11) for s in range(1024, 2048))
+        value = Fraction(2 * k + 1, 2)
+        assert (closest - near * (1 + closest)) * value * (1 << 20) > 17
+        assert near * value * (1 << 20) + 1 < 16
 
 
 def test_short_quotients_stay_clear_of_the_points_between_two_numbers() -> None:
-    """`by_short` is right because no quotient of a 24-bit by an 11-bit significand is within 2^-37 of its size of a point halfway
+    """`by_pair` is right because no quotient of a 24-bit by an 11-bit significand is within 2^-37 of its size of a point halfway
     between two binary32 numbers: the nearest numerators on either side of (2n + 1) b / 2 are tried for some b and many n."""
     closest = Fraction(1)
     for b in (1024, 1025, 1365, 1536, 1707, 2045, 2047):

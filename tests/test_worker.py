@@ -654,6 +654,40 @@ def test_a_backend_that_does_not_load_fails_every_call_in_one_sentence(reference
     assert worker.pid is None
 
 
+class Surrogate:
+    """Says things that UTF-8 cannot hold, wherever a backend says something."""
+
+    name, target = "half \udc80", "cpu"
+
+    def supports(self, problem: Problem) -> str:
+        return "no \udc80 way"
+
+    def describe(self) -> Mapping[str, str]:
+        return {"driver \udc81": "\udc82"}
+
+    def declare(self, problem: Problem, tactic: str) -> Declaration:
+        return replace(EXACT_BITS, program=(mul("scale \udc83"),))
+
+    def run(self, *given: Any) -> str:
+        raise OSError("gone \udc84")
+
+
+def surrogate_backend() -> Surrogate:
+    return Surrogate()
+
+
+def test_texts_that_utf8_cannot_hold_do_not_reach_a_report() -> None:
+    with Worker(f"python:{Path(__file__).resolve()}:surrogate_backend") as worker:
+        hello = worker.hello()
+        assert hello["name"] == "half \\udc80"
+        assert hello["describe"]["driver \\udc81"] == "\\udc82"
+        assert worker.supports([problem()]) == ["no \\udc80 way"]
+        with pytest.raises(WorkerError, match=r"got 'scale \\\\udc83', expected a text that UTF-8 can hold") as caught:
+            worker.declare(problem(), "default")
+        assert caught.value.fault.ending is Ending.MALFORMED
+        assert "gone \\udc84" in call(worker, "default").reason
+
+
 @pytest.mark.parametrize("text", ["from lowbit.kernels.cpu import backend", "raise OSError('no driver')"])
 def test_a_backend_in_a_file_named_as_a_module_stands_in_for_no_module(tmp_path: Path, text: str) -> None:
     before = set(sys.modules)

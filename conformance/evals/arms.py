@@ -340,21 +340,20 @@ def _summed(item: Contraction, a: torch.Tensor, w: torch.Tensor, factors: Mappin
 
 
 def _running(item: Contraction, sums: torch.Tensor, first: int, factors: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """Sums of segments [G, M, n] in binary32, scaled and added up in ascending order."""
-    total: torch.Tensor | None = None
-    for number, value in enumerate(sums, first):
-        for step in item.steps:
-            if step.kind is StepKind.MUL:
-                value = value * _product([_of_segment(factors[name], name, number) for name in step.operands])
-        total = value if total is None else total + value
-    assert total is not None
+    """Sums of segments [G, M, n] in binary32, scaled all at once and added up one after the other."""
+    for step in item.steps:
+        if step.kind is StepKind.MUL:
+            sums = sums * _product([_of_segments(factors[name], name, first, len(sums)) for name in step.operands])
+    total = sums[0]
+    for value in sums[1:]:
+        total = total + value
     return total
 
 
-def _of_segment(values: torch.Tensor, name: str, number: int) -> torch.Tensor:
-    """Scales [rows, groups] of one group: a column for activations, a row for weights."""
-    found = values[:, number]
-    return found.unsqueeze(1) if name == "a_scale" else found.unsqueeze(0)
+def _of_segments(values: torch.Tensor, name: str, first: int, count: int) -> torch.Tensor:
+    """Scales [rows, groups] of some groups: [groups, M, 1] for activations, [groups, 1, n] for weights."""
+    found = values[:, first : first + count].T
+    return found.unsqueeze(2) if name == "a_scale" else found.unsqueeze(1)
 
 
 def _product(factors: list[torch.Tensor]) -> torch.Tensor:

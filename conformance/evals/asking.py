@@ -53,6 +53,9 @@ class _Recorded(LM):  # type: ignore[misc]
             pace = (time.monotonic() - started) / max(1, done - before)
             left = pace * (len(requests) - done)
             self._told(f"{self._arm}: {self._suite.name} {done} of {len(requests)} requests, about {left:.0f} s left")
+        new = len(requests) - before
+        if new:
+            self._told(f"{self._arm}: {self._suite.name} asked, {new} requests in {time.monotonic() - started:.0f} s")
         return [self._answers[key] for key in keys]
 
     def generate_until(self, requests: Sequence[Instance]) -> list[str]:

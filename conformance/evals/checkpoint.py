@@ -135,6 +135,9 @@ def open_checkpoint(folder: Path) -> Checkpoint:
             files = dict(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"])
         except (ValueError, KeyError, TypeError) as error:
             raise CheckpointError(f"{folder / INDEX}: no index of shards ({error}); download the file again") from error
+        strange = [file for file in files.values() if type(file) is not str or file in ("", "..") or file != Path(file).name]
+        if strange:  # a path would be read, and by convert written, outside the folder
+            raise CheckpointError(f"{folder / INDEX}: names {strange[0]!r}, expected file names without a folder")
         missing = sorted({file for file in files.values() if not (folder / file).exists()})
         if missing:
             raise CheckpointError(f"{folder}: the index names {', '.join(missing)}, absent here; download what is missing")

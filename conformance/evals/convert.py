@@ -89,6 +89,13 @@ def _shard(checkpoint: Checkpoint, file: str, folder: Path) -> None:
     save_file(tensors, folder / file, metadata={"format": "pt"})
 
 
+def _umask() -> int:
+    """Permissions that the user keeps from new files: a temporary folder is made for its owner alone."""
+    found = os.umask(0)
+    os.umask(found)
+    return found
+
+
 def convert(source: Path, target: Path, *, told: Callable[[str], None] = lambda line: None) -> Conversion:
     """Write the W4A8 checkpoint of a W4A16 one into the new folder `target`, whole or not at all. `told` gets one line per file
     and per hundred layers. Raises CheckpointError, SchemeError, FileExistsError."""
@@ -119,6 +126,7 @@ def convert(source: Path, target: Path, *, told: Callable[[str], None] = lambda 
             sums, worst = sums + counts, max(worst, share)
             if number % 100 == 0 or number == len(layers):
                 told(f"checked {number} of {len(layers)} layers")
+        work.chmod(0o777 & ~_umask())
         os.replace(work, target)
     except BaseException:
         shutil.rmtree(work, ignore_errors=True)

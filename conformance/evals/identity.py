@@ -1,70 +1,17 @@
 """What fixes an arm's answers: its code, its options, and what it says of its device.
 
-Decides: which files are the code of a backend (the FILE of `python:FILE.py:ATTRIBUTE`, and for modules of a package every file of
-the package's folder, kernels in other languages among them), and when two references name one backend.
-Refuses: nothing. Code that a backend reaches in other packages is not seen: their versions belong into its `describe`.
+Decides: what of an arm can change its answers, and when two references name one backend. Refuses: nothing.
 """
 
 from __future__ import annotations
 
-import hashlib
-import sys
-from dataclasses import fields, is_dataclass
-from importlib.metadata import entry_points
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
-from ..backend import GROUP, describe, execution_of
+from ..backend import describe, execution_of
 from ..worker_messages import BY_FILE
+from ..worker_process import attributes_of, code_digest
 
 __all__ = ["about", "code_digest", "identity", "same_backend"]
-
-
-def _attributes(thing: Any) -> dict[str, Any]:
-    """What an object holds by itself; nothing for a module, which holds all that it imports."""
-    if is_dataclass(thing) and not isinstance(thing, type):
-        return {field.name: getattr(thing, field.name) for field in fields(thing)}
-    return {} if isinstance(thing, ModuleType) else dict(getattr(thing, "__dict__", {}))
-
-
-def _modules(reference: str, thing: Any) -> set[str]:
-    """Names of the modules that an object's code lies in, with those of the backends that it holds."""
-    found = {thing.__name__ if isinstance(thing, ModuleType) else type(thing).__module__}
-    found.add(getattr(getattr(thing, "run", None), "__module__", None) or "")
-    if not reference.startswith(BY_FILE):
-        found |= {point.module for point in entry_points(group=GROUP) if point.name == reference.partition(":")[0]}
-    for held in _attributes(thing).values():
-        if hasattr(held, "run") and hasattr(held, "supports") and held is not thing:
-            found |= _modules("", held)
-    return found
-
-
-def _files(name: str) -> dict[str, Path]:
-    """Files of a module's package by their names in it; of a module without package itself, by no name."""
-    module = sys.modules.get(name)
-    file = getattr(module, "__file__", None)
-    if module is None or file is None:
-        return {}
-    package = module.__spec__.parent if module.__spec__ is not None else ""
-    if not package:
-        return {"": Path(file)}
-    folder = Path(file).parent
-    return {
-        f"{package}/{path.relative_to(folder).as_posix()}": path
-        for path in folder.rglob("*") if path.is_file() and "__pycache__" not in path.parts
-    }
-
-
-def code_digest(reference: str, thing: Any) -> str:
-    """sha256 over the contents of all files of a backend or an arm. `reference`: by which a backend was found, or empty."""
-    digests = set[str]()
-    if reference.startswith(BY_FILE):
-        own = Path(reference[len(BY_FILE):].rpartition(":")[0])
-        digests.add(f" {hashlib.sha256(own.read_bytes()).hexdigest()}")
-    for name in _modules(reference, thing):
-        digests |= {f"{where} {hashlib.sha256(path.read_bytes()).hexdigest()}" for where, path in _files(name).items()}
-    return hashlib.sha256("\n".join(sorted(digests)).encode()).hexdigest()
 
 
 def about(arm: Any) -> tuple[dict[str, str], str]:
@@ -78,7 +25,7 @@ def about(arm: Any) -> tuple[dict[str, str], str]:
 def identity(arm: Any) -> dict[str, Any]:
     """Plain data that differs where an arm's answers may: class, options (its plain attributes: name, tactic, ...), the digest of
     its code, what its backend says of itself, and the same of the arms that it holds."""
-    backend, held = getattr(arm, "backend", None), _attributes(arm)
+    backend, held = getattr(arm, "backend", None), attributes_of(arm)
     said, execution = about(arm)
     return {
         "class": f"{type(arm).__module__}.{type(arm).__qualname__}",

@@ -8,7 +8,7 @@ Refuses: folders that transformers does not read, and quantised checkpoints as f
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
@@ -38,14 +38,15 @@ class Feed(StrEnum):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Source:
-    """A model's folder. `recipe`: for plain weights; None where the checkpoint is quantised itself. `maxima`: largest inputs of
-    its Linears, for recipes that calibrate."""
+    """A model's folder. `recipe`: for plain weights; None where the checkpoint is quantised itself. `factors`: low-rank terms of
+    its Linears as far as they were worked out: all arms have the same, and they take longer than all else of quantising."""
 
     folder: Path
     checkpoint: Checkpoint
     recipe: WeightRecipe | None
     dtype: torch.dtype
     device: str
+    factors: dict[str, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
 
     @property
     def quantised(self) -> bool:
@@ -127,7 +128,10 @@ def load(given: Source, arm: Arm, maxima: dict[str, float] | None = None) -> Loa
         raise EvalError(f"{text}; name a causal language model") from error
     model.generation_config = transformers.GenerationConfig.from_model_config(config)
     model.tie_weights()
-    summary = swap(model, arm, checkpoint=given.checkpoint, recipe=given.recipe, device=given.device, input_amax=maxima)
+    summary = swap(
+        model, arm, checkpoint=given.checkpoint, recipe=given.recipe, device=given.device, input_amax=maxima,
+        factors=given.factors,
+    )
     load_rest(model, given.checkpoint)
     if not summary.layers:
         raise CheckpointError(f"{given.folder}: no Linear was replaced; expected targets or a recipe that name one")

@@ -11,14 +11,20 @@ No floor is needed here: the interval holds every result that the declared arith
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from lowbit.references.declarations import Declaration
+from lowbit.references.formats import Codes
+
 from ..bounds import gemm_expect
-from ..case import Case
+from ..case import Case, Operands, Problem
 from ..ops import ops
 from .activations import codes_of
 from .arms import Arm, call_operands
@@ -59,38 +65,72 @@ def inputs_of(reference: Loaded, texts: Sequence[tuple[Sequence[int], Sequence[i
     return chosen
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class _Called:
+    """One call of a layer by an arm: what it was given, what it gave, and what the reference arm gave."""
+
+    problem: Problem
+    operands: Operands
+    declaration: Declaration
+    found: Codes
+    wanted: Codes
+
+    def outside(self) -> int:
+        """Outputs that the declaration does not admit."""
+        case = Case(self.problem, "recorded", 0)
+        return int((~gemm_expect(ops()[self.problem.op], case, self.operands, self.declaration)["d"].admits(self.found)).sum())
+
+
 def judge_operations(
     given: Source, reference: Loaded, backend: Loaded, arm: Arm, inputs: Mapping[str, torch.Tensor], folder: Path,
     *, closely: bool = False,
 ) -> list[Operation]:
     """Every layer of `inputs`, in its order. `folder`: where the first faulty call is written; what another run left there is
-    removed. `closely`: also on 5 and on 67 rows. Where `inputs` has fewer rows than a block, the block is of those."""
+    removed. `closely`: also on 5 and on 67 rows. Where `inputs` has fewer rows than a block, the block is of those. Intervals are
+    worked out by as many threads as torch has; the arms are called one after the other."""
     for left in folder.glob("*.safetensors"):
         left.unlink()
-    rows = _MORE_ROWS if closely else _ROWS
-    return [_judged(given, reference, backend, arm, name, x, folder, rows) for name, x in inputs.items()]
+    rows, threads = _MORE_ROWS if closely else _ROWS, torch.get_num_threads()
+    judged, waiting = list[Operation](), deque[tuple[str, list[_Called], list[Future[int]]]]()
+
+    def finish() -> None:
+        name, calls, counts = waiting.popleft()
+        judged.append(_judged(name, arm.name, calls, [count.result() for count in counts], folder))
+
+    with ThreadPoolExecutor(threads) as pool:
+        for name, x in inputs.items():
+            calls = _calls(given, reference, backend, arm, name, x, rows)
+            waiting.append((name, calls, [pool.submit(call.outside) for call in calls]))
+            if len(waiting) > threads:  # operands are kept until they are judged
+                finish()
+        while waiting:
+            finish()
+    return judged
 
 
-def _judged(
-    given: Source, reference: Loaded, backend: Loaded, arm: Arm, name: str, x: torch.Tensor, folder: Path,
-    sizes: Sequence[int],
-) -> Operation:
+def _calls(
+    given: Source, reference: Loaded, backend: Loaded, arm: Arm, name: str, x: torch.Tensor, sizes: Sequence[int]
+) -> list[_Called]:
+    """A layer on blocks of rows, by both arms, ascending."""
     own, other = (loaded.model.get_submodule(name) for loaded in (backend, reference))
     assert reference.summary is not None
     linear, bias = reference.summary.linear(name), stored_bias(given.checkpoint, name, given.dtype)
-    outputs = outside = differing = 0
-    worst, text = 0, ""
+    made = []
     for rows in sorted({min(size, len(x)) for size in sizes}):
         part = x[:rows].contiguous()
         problem, operands = call_operands(linear, other.layer.out, part, bias)
         found, wanted = (codes_of(module(part.clone())).cpu().numpy().view(np.uint16) for module in (own, other))
-        case = Case(problem, "recorded", 0)
-        declaration = arm.declare(problem)
-        admitted = gemm_expect(ops()[problem.op], case, operands, declaration)["d"].admits(found)
-        wrong = int((~admitted).sum())
-        outputs, outside, differing = outputs + found.size, outside + wrong, differing + int((found != wanted).sum())
-        if wrong > worst or not text:
-            worst, text = wrong, str(problem)
-        if wrong and not any(folder.glob("*.safetensors")):
-            store(folder / f"{name}.safetensors", Recorded(name, arm.name, problem, operands, declaration, found))
-    return Operation(name, text, outputs, outside, differing / outputs)
+        made.append(_Called(problem, operands, arm.declare(problem), found, wanted))
+    return made
+
+
+def _judged(name: str, arm: str, calls: Sequence[_Called], wrong: Sequence[int], folder: Path) -> Operation:
+    """A layer by its calls and how many outputs of each are not admitted; the first that is wrong of all layers is written."""
+    first = next((call for call, count in zip(calls, wrong, strict=True) if count), None)
+    if first is not None and not any(folder.glob("*.safetensors")):
+        recorded = Recorded(name, arm, first.problem, first.operands, first.declaration, first.found)
+        store(folder / f"{name}.safetensors", recorded)
+    worst = calls[max(range(len(calls)), key=lambda at: wrong[at])]
+    outputs = sum(call.found.size for call in calls)
+    differing = sum(int((call.found != call.wanted).sum()) for call in calls)
+    return Operation(name, str(worst.problem), outputs, sum(wrong), differing / outputs)

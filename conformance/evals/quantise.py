@@ -81,10 +81,12 @@ def refusal(recipe: WeightRecipe, n: int, k: int, out: Format) -> str | None:
 
 
 def quantise_linear(
-    recipe: WeightRecipe, name: str, weight: torch.Tensor, out: Format, *, input_amax: float | None = None
+    recipe: WeightRecipe, name: str, weight: torch.Tensor, out: Format, *, input_amax: float | None = None,
+    factors: dict[str, tuple[torch.Tensor, torch.Tensor]] | None = None,
 ) -> QuantisedLinear:
     """The Linear `name` with weights [N, K], of any floating dtype, to run with activations and outputs in `out` (BF16 or F16).
-    `input_amax`: largest magnitude among its calibrated inputs (NVFP4 of two levels only). Raises RecipeError."""
+    `input_amax`: largest magnitude among its calibrated inputs (NVFP4 of two levels only). `factors`: low-rank terms by layer, of
+    which a known one is not worked out again and a new one is kept. Raises RecipeError."""
     n, k = weight.shape
     broken = refusal(recipe, n, k, out)
     if broken is not None:
@@ -97,7 +99,12 @@ def quantise_linear(
     scheme = Scheme(recipe.name, recipe.op, recipe.variant, "recipe", recipe.group)
     constants: dict[str, Tensor] = {}
     if recipe.rank:
-        up, down, weight = low_rank(weight, recipe.rank, DTYPES[out])
+        known = {} if factors is None else factors
+        if name in known:
+            (up, down), weight = known[name], _residual(weight, *known[name])
+        else:
+            up, down, weight = low_rank(weight, recipe.rank, DTYPES[out])
+            known[name] = up, down
         constants = {
             "lora_up": _tensor(up, out), "lora_down": _tensor(down, out),
             "channel_scale": _tensor(torch.ones(n, dtype=DTYPES[out]), out),
@@ -118,7 +125,12 @@ def low_rank(weight: torch.Tensor, rank: int, dtype: torch.dtype) -> tuple[torch
     other = tall @ side
     up, down = (other, side) if tall is wide else (side, other)
     up, down = up.to(dtype), down.to(dtype)
-    return up, down, (wide - up.double() @ down.double().T).float()
+    return up, down, _residual(weight, up, down)
+
+
+def _residual(weight: torch.Tensor, up: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
+    """W less the product of its rounded factors, in binary32."""
+    return (weight.double() - up.double() @ down.double().T).float()
 
 
 def input_maxima(model: torch.nn.Module, run: Callable[[], object]) -> dict[str, float]:

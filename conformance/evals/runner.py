@@ -1,7 +1,7 @@
 """`lowbit eval`: one model, up to four arms, the same questions and the same tokens.
 
-Decides: the arms (the full-precision model; the quantised one by the reference arithmetic; again by another honest summation
-order and half the batch size, which is the noise floor; by the backend), what is compared with what, and what is written:
+Decides: the arms (the full-precision model; the quantised one by the reference arithmetic; by the backend; by another honest
+summation order and half the batch size, which is the noise floor), what is compared with what, and what is written:
 answers/ARM-TASK.jsonl and tokens.jsonl as they are known, then eval.json, summary.txt and report.html.
 Refuses: settings that cannot be run, before a model is loaded, and a folder that holds another run: one sentence each.
 
@@ -43,7 +43,7 @@ from .paired import Comparison, Outcome, compare, mcnemar, table_of
 from .quantise import RecipeError
 from .records import JUDGE, SCHEMA, Eval, Kernel, Operation, Ran, TaskResult, TextPair, serving, summary, write_eval
 from .schemes import SchemeError
-from .tasks import EMBEDDED, Suite, suite
+from .tasks import EMBEDDED, Suite, shorten, suite
 from .tokens import TextDifference, compare_tokens, mean_divergence, ratio_of, text_difference
 
 __all__ = ["REFUSALS", "CheckpointError", "evaluate"]
@@ -55,6 +55,7 @@ _OFTEN = ("embedded_gsm8k", "embedded_choices")
 _STEPWISE = 8  # every eighth text is fed token by token
 _OTHER_FEED = {Feed.WHOLE: Feed.PARTS, Feed.STEPS: Feed.WHOLE}  # of the floor: as another batch would feed it
 _JUDGED = 8  # texts whose inputs the operations are judged on
+_CHOICES = 16  # questions at a time where each token of a prompt gets its logits: 5 GB for a prompt of 1,000 tokens, in 150,000
 _KEPT = 1 << 28  # bytes of the reference's logits that are kept for the next arm
 _STOP_ROOM = 8  # an answer that ends so close to its limit was cut
 
@@ -155,13 +156,15 @@ def evaluate(
     transformers.utils.logging.disable_progress_bar()
     suites = [suite(name, data=data, limit=limit, seed=seed, fewshot=fewshot) for name in tasks]
     tokenizer, config = tokenizer_of(folder), config_of(folder)
+    limits = int(getattr(config, "max_position_embeddings", 2048))
+    missing += [said for one in suites if (said := shorten(one, limits)) is not None]
     kept_in = samples or out / "answers"
     for place in (out, kept_in):
         claim_folder(place, settings)
     maxima: dict[str, float] = {}
     if given.recipe is not None and (given.recipe.op, given.recipe.variant) == ("gemm_nvfp4", "plain"):
         maxima = calibrated(given, _calibration(tokenizer))
-    arms: dict[str, Arm] = {"reference": judge, "floor": ReferenceArm("floor", 2, True), "backend": own}
+    arms: dict[str, Arm] = {"reference": judge, "backend": own, "floor": ReferenceArm("floor", 2, True)}
     make: dict[str, Callable[[], Loaded]] = {name: _loader(given, arm, maxima) for name, arm in arms.items()}
     if plain is not None:
         make = {"full": _full_loader(plain, given, config)} | make
@@ -170,13 +173,13 @@ def evaluate(
     with threadpool_limits(limits=1, user_api="blas"):
         answered: dict[str, dict[str, list[Answered]]] = {one.name: {} for one in suites}
         for arm in make:
-            rows = max(1, batch // 2) if arm == "floor" else batch
             for one in suites:
+                rows = batch if one.generates else min(batch, _CHOICES)
+                rows = max(1, rows // 2) if arm == "floor" else rows
                 kept = Answers(kept_in / f"{arm}-{one.name}.jsonl")
                 answered[one.name][arm] = ask(one, arm, kept, _asker(shelf, arm, rows), batch=rows, seed=seed, told=told)
         for one in suites:
             check_pairs(one.name, answered[one.name])
-        limits = int(getattr(shelf["reference"].model.config, "max_position_embeddings", 2048))
         chosen = [text for one in suites for text in _texts(one, answered[one.name]["reference"], tokenizer, texts, seed, limits)]
         if len(chosen) < 2:
             raise EvalError(f"only {len(chosen)} texts can be compared token by token; ask more questions")

@@ -95,11 +95,12 @@ def swap(
     device: torch.device | str = "cpu",
     ignore: Collection[str] = ("lm_head",),
     input_amax: Mapping[str, float] | None = None,
+    factors: dict[str, tuple[torch.Tensor, torch.Tensor]] | None = None,
 ) -> Summary:
     """Replace the Linears of `model`, in place. `checkpoint` alone: those that its configuration names, by the codes it stores.
     `recipe`: all but those whose full or last name is in `ignore`, from the weights in the model, or from a plain `checkpoint`
-    where the model has none. `device`: where the model runs. `input_amax`: of `input_maxima`. Raises RecipeError,
-    CheckpointError, SchemeError, ArmError; the model is then half replaced."""
+    where the model has none. `device`: where the model runs. `input_amax`: of `input_maxima`. `factors`: as
+    `quantise_linear` takes them. Raises RecipeError, CheckpointError, SchemeError, ArmError; the model is then half replaced."""
     if checkpoint is None and recipe is None:
         raise RecipeError("neither checkpoint nor recipe was given; name a quantised checkpoint, or a recipe for plain weights")
     schemes = None if recipe is not None or checkpoint is None else checkpoint.schemes()
@@ -113,7 +114,7 @@ def swap(
             return _stored(checkpoint, schemes, name, dtypes[name])
         if weight is None or weight.is_meta:
             weight = _plain(checkpoint, name)
-        return quantise_linear(recipe, name, weight, dtypes[name], input_amax=maxima.get(name))
+        return quantise_linear(recipe, name, weight, dtypes[name], input_amax=maxima.get(name), factors=factors)
 
     for name in [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]:
         module = model.get_submodule(name)

@@ -6,15 +6,19 @@ questions are asked (a permutation by Philox from the seed, of which the first N
 larger N keeps the smaller one's questions).
 Refuses: tasks that are neither here nor known to lm-eval, and data that is not there: one sentence that says what is missing.
 
-With a data folder, datasets are read from files below it in the hub's layout, FOLDER/OWNER/NAME/CONFIG/SPLIT.jsonl, and nothing
-is fetched. Without, lm-eval takes them from the hub or its cache.
+With a data folder, datasets are read from files below it in the hub's layout, and nothing is fetched:
+FOLDER/OWNER/NAME/CONFIG/SPLIT.jsonl, or SPLIT-*.parquet in its place. A dataset of one configuration has no CONFIG, and its files
+may lie in a folder data. Without, lm-eval takes them from the hub or its cache.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import lm_eval.tasks
@@ -24,7 +28,7 @@ from lm_eval.api.task import ConfigurableTask, Task
 
 from .answers import EvalError
 
-__all__ = ["EMBEDDED", "Suite", "drawn", "is_right", "suite"]
+__all__ = ["EMBEDDED", "Suite", "drawn", "is_right", "shorten", "suite"]
 
 EMBEDDED = Path(__file__).parent / "embedded"
 """The shipped model, its tokenizer and its data."""
@@ -32,6 +36,10 @@ EMBEDDED = Path(__file__).parent / "embedded"
 _PACKAGED = Path(lm_eval.tasks.__file__).parent
 _METRICS = (("exact_match", "strict-match"), ("exact_match", ""), ("acc", ""))
 """Metric and filter by which an answer is right: the first that a sample has. An empty filter is any."""
+
+
+_GROUPS = {"mmlu": "mmlu/default/mmlu_*.yaml", "mmlu_pro": "mmlu_pro/mmlu_pro_*.yaml"}
+"""Tasks of many members, and lm-eval's files of these."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +55,11 @@ class Suite:
         """Questions of all members."""
         return sum(map(len, self.questions.values()))
 
+    @property
+    def generates(self) -> bool:
+        """Whether answers are written, not chosen."""
+        return any(member.get_config("output_type") == "generate_until" for member in self.members.values())
+
 
 def drawn(sizes: Mapping[str, int], limit: int | None, seed: int) -> dict[str, tuple[int, ...]]:
     """Ids of questions per member, ascending, members without any left out: `limit` of all questions, drawn at random."""
@@ -60,11 +73,50 @@ def drawn(sizes: Mapping[str, int], limit: int | None, seed: int) -> dict[str, t
 
 
 def _packaged(path: str) -> dict[str, Any]:
-    """A task file of lm-eval with what it includes."""
+    """A task file of lm-eval with what it includes and the functions of lm-eval that it names."""
     file = _PACKAGED / path
-    own: dict[str, Any] = yaml.safe_load(file.read_text(encoding="utf-8"))
+    own: dict[str, Any] = yaml.load(file.read_text(encoding="utf-8"), _Naming)
+    own = _resolved(own, file.parent)
     included = own.pop("include", None)
     return own if included is None else _packaged(str((file.parent / included).relative_to(_PACKAGED))) | own
+
+
+@dataclass(frozen=True, slots=True)
+class _Function:
+    """`!function MODULE.NAME` of a task file: MODULE.py lies beside it."""
+
+    text: str
+
+
+class _Naming(yaml.SafeLoader):
+    """Reads `!function` as a name."""
+
+
+_Naming.add_constructor("!function", lambda loader, node: _Function(str(node.value)))
+
+
+def _resolved(value: Any, folder: Path) -> Any:
+    """A configuration with its functions in place of their names."""
+    if isinstance(value, dict):
+        return {key: _resolved(held, folder) for key, held in value.items()}
+    if isinstance(value, _Function):
+        module, _, name = value.text.rpartition(".")
+        return getattr(_module(folder / f"{module}.py"), name)
+    return value
+
+
+@cache
+def _module(file: Path) -> ModuleType:
+    spec = spec_from_file_location(f"{file.parent.name}_{file.stem}", file)
+    assert spec is not None
+    assert spec.loader is not None
+    found = module_from_spec(spec)
+    spec.loader.exec_module(found)
+    return found
+
+
+_KINDS = {"json": "{}.jsonl", "parquet": "{}-*.parquet"}
+"""Readers of datasets and the names of their files."""
 
 
 def _local(config: dict[str, Any], data: Path | None) -> dict[str, Any]:
@@ -72,16 +124,23 @@ def _local(config: dict[str, Any], data: Path | None) -> dict[str, Any]:
     if data is None:
         return config
     folder = data / config["dataset_path"] / str(config.get("dataset_name") or "")
-    splits = {config[key] for key in ("training_split", "fewshot_split", "validation_split", "test_split") if config.get(key)}
-    files = {split: folder / f"{split}.jsonl" for split in sorted(splits)}
-    missing = [str(file) for file in files.values() if not file.exists()]
-    if missing:
-        raise EvalError(f"{config['task']}: {missing[0]} is missing; --data takes a folder in the hub's layout that holds it")
-    return _over(config, {split: str(file) for split, file in files.items()})
+    named = {config[key] for key in ("training_split", "fewshot_split", "validation_split", "test_split") if config.get(key)}
+    kinds = {kind: {split: _found(folder, name.format(split)) for split in sorted(named)} for kind, name in _KINDS.items()}
+    for kind, files in kinds.items():
+        if all(files.values()):
+            return _over(config, files, kind)
+    best = max(kinds, key=lambda kind: sum(map(bool, kinds[kind].values())))
+    missing = folder / _KINDS[best].format(next(split for split, files in kinds[best].items() if not files))
+    raise EvalError(f"{config['task']}: {missing} is missing; --data takes a folder in the hub's layout that holds it")
 
 
-def _over(config: dict[str, Any], files: Mapping[str, str]) -> dict[str, Any]:
-    return config | {"dataset_path": "json", "dataset_name": None, "dataset_kwargs": {"data_files": dict(files)}}
+def _found(folder: Path, name: str) -> list[str]:
+    """Files of a split; of a dataset without configurations they may lie in a folder data."""
+    return [str(path) for path in sorted(folder.glob(name)) or sorted((folder / "data").glob(name))]
+
+
+def _over(config: dict[str, Any], files: Mapping[str, Sequence[str]], kind: str = "json") -> dict[str, Any]:
+    return config | {"dataset_path": kind, "dataset_name": None, "dataset_kwargs": {"data_files": dict(files)}}
 
 
 def _embedded(name: str) -> dict[str, Any]:
@@ -98,7 +157,7 @@ def _embedded(name: str) -> dict[str, Any]:
             "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
         }
         files.pop("train")
-    return _over(config, {split: str(file) for split, file in files.items()})
+    return _over(config, {split: [str(file)] for split, file in files.items()})
 
 
 def _configs(name: str, data: Path | None, fewshot: int | None) -> list[dict[str, Any]] | None:
@@ -110,12 +169,19 @@ def _configs(name: str, data: Path | None, fewshot: int | None) -> list[dict[str
         return [_embedded(name)]
     if name == "gsm8k":
         configs = [_packaged("gsm8k/gsm8k.yaml")]
-    elif name == "mmlu":
-        files = sorted((_PACKAGED / "mmlu" / "default").glob("mmlu_*.yaml"))
-        configs = [_packaged(str(file.relative_to(_PACKAGED))) for file in files]
+    elif name in _GROUPS:
+        configs = [_packaged(str(file.relative_to(_PACKAGED))) for file in sorted(_PACKAGED.glob(_GROUPS[name]))]
     else:
         return None
     return [_local(config, data) | examples for config in configs]
+
+
+def _member(config: dict[str, Any]) -> Task | None:
+    """A member of a task; None for one without a question, whose files hold those of other subjects."""
+    try:
+        return ConfigurableTask(config=config)
+    except IndexError:  # lm-eval looks at the first question
+        return None
 
 
 def suite(
@@ -125,11 +191,14 @@ def suite(
     Raises EvalError."""
     configs = _configs(name, data, fewshot)
     if configs is None and data is not None:
-        raise EvalError(f"task {name!r} is not read from local files; these are: embedded_choices, embedded_gsm8k, gsm8k, mmlu")
+        known = ", ".join(sorted(("embedded_choices", "embedded_gsm8k", "gsm8k", *_GROUPS)))
+        raise EvalError(f"task {name!r} is not read from local files; these are: {known}")
     members: dict[str, Task]
     try:
         if configs is not None:
-            members = {str(config["task"]): ConfigurableTask(config=config) for config in configs}
+            members = {str(config["task"]): member for config in configs if (member := _member(config)) is not None}
+            if not members:
+                raise EvalError(f"{name}: its files hold no question; --data takes a folder in the hub's layout that does")
         else:
             members = lm_eval.tasks.TaskManager().load([name])["tasks"]
             for member in members.values():
@@ -138,11 +207,27 @@ def suite(
         for member in members.values():
             member.set_config(key="num_fewshot", value=member.get_config("num_fewshot") or 0)
         sizes = {key: len(member.eval_docs) for key, member in members.items()}
+    except EvalError:
+        raise
     except (OSError, KeyError, ValueError) as error:  # the hub cannot be reached, or does not know it
         text = " ".join(str(error).split())
         raise EvalError(f"task {name!r} could not be loaded ({text[:200]}); give its files by --data, or name another") from error
     questions = drawn(sizes, limit, seed)
     return Suite(name, {key: members[key] for key in questions}, questions)
+
+
+def shorten(asked: Suite, room: int) -> str | None:
+    """Give answers half of the tokens that the model has room for, where the task's own number leaves none for the question. A
+    sentence that says so; None where nothing is changed."""
+    wanted = 0
+    for member in asked.members.values():
+        given = dict(member.get_config("generation_kwargs") or {})
+        if int(given.get("max_gen_toks", 0)) >= room:
+            wanted = int(given["max_gen_toks"])
+            member.set_config(key="generation_kwargs", value=given | {"max_gen_toks": room // 2})
+    if not wanted:
+        return None
+    return f"{asked.name}: answers have at most {room // 2} tokens instead of {wanted}, as the model has room for {room} in all"
 
 
 def is_right(samples: Sequence[Mapping[str, Any]]) -> bool:

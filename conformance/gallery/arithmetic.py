@@ -6,12 +6,23 @@ finished output.
 
 from __future__ import annotations
 
-from .alteration import Altered
+from .alteration import Altered, Edit
 from .settings import IN_14_BITS, UNMEASURED, declared
 
 __all__ = ["WRONG_ARITHMETIC"]
 
 _GEMM, _CODEC = "cpu_room.gemm", "cpu_room.codec"
+
+
+def _kept(fmt: str, *names: str) -> Edit:
+    """Scales are rounded to a format once, where constants and activations are loaded: those after the sum, or those named."""
+    decoded = "        decoded = {name: values(view.memory, view.format) for name, view in tensors.items()}\n"
+    chosen = names or ("token_scale", "channel_scale", "alpha")
+    return _GEMM, decoded, (
+        f"{decoded}"
+        f"        decoded |= {{name: rounded(decoded[name], {fmt}) for name in {chosen} if name in decoded}}\n"
+    )
+
 
 _SUMS = (
     Altered(
@@ -164,6 +175,41 @@ _EPILOGUES = (
             (_GEMM, 'value = _single(_dot(tensors["a"], tensors["w"])) * tensors["alpha"]\n',
              'value = _single(_dot(tensors["a"], tensors["w"])) * (tensors["alpha"] * np.float32(1.001))\n'),
         ),
+    ),
+    Altered(
+        "outer_scales_in_bf16", ("gemm_w8a8_fp8", "gemm_w4a8_fp8", "gemm_w4a8_fp8_grouped"),
+        "scales in the format of activations",
+        "a 13-bit kernel keeps token and channel scales in bf16",
+        (
+            _kept("BF16"),
+        ),
+        setting=(
+            UNMEASURED, declared("hopper_wgmma_fp8"),
+        ),
+    ),
+    Altered(
+        "outer_scales_in_f16", ("gemm_w8a8_fp8", "gemm_w4a8_fp8", "gemm_w4a8_fp8_grouped", "gemm_nvfp4"),
+        "scales in the format of outputs",
+        "token, channel and global scales are kept in f16",
+        (
+            _kept("F16"),
+        ),
+    ),
+    Altered(
+        "half_scales_in_bf16", ("gemm_w4a8_int8", "gemm_int4"), "scales in the format of activations",
+        "token and channel scales in f16 are kept in bf16",
+        (
+            _kept("BF16"),
+        ),
+        reached_by="gemm_w4a8_int8/direct/m64n128k1024g128/f16/normal/s1",
+    ),
+    Altered(
+        "block_scales_in_bf16", ("gemm_w8a8_fp8",), "scales in the format of activations",
+        "block scales are kept in bf16",
+        (
+            _kept("BF16", "a_scale", "w_scale"),
+        ),
+        reached_by="gemm_w8a8_fp8/block/m64n128k1024/bf16/normal/s1",
     ),
     Altered(
         "truncated_output", ("gemm_w8a8_fp8",), "casts that round toward zero",

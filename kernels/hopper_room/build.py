@@ -42,7 +42,7 @@ _ADDING = ("NVCC_PREPEND_FLAGS", "NVCC_APPEND_FLAGS")  # variables by which nvcc
 _INCLUDE = re.compile(r'^[ \t]*#[ \t]*include[ \t]+"([^"]+)"', re.MULTILINE)
 _HINT = (
     "install the CUDA toolkit (12.8 or later) and put nvcc on PATH or set CUDA_HOME, or pip install nvidia-cuda-nvcc nvidia-nvvm "
-    "nvidia-cuda-crt nvidia-cuda-runtime"
+    "nvidia-cuda-crt nvidia-cuda-runtime nvidia-cuda-cccl"
 )
 
 Unit = tuple[str, Mapping[str, str | int], Sequence[str]]

@@ -1,6 +1,6 @@
-"""Quotients in Triton kernels: IEEE division, its fast form for short divisors, and the reciprocal that flushes subnormals.
+"""Quotients in Triton kernels: IEEE division, its fast form for short divisors, and the reciprocals, near or flushed.
 
-Decides: which instruction stands for a division. Refuses: `/` as a result, which is approximate on some targets.
+Decides: which instruction stands for a division. Refuses: `/`, which is approximate on some targets.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-__all__ = ["by_short", "div", "flushed_reciprocal", "reciprocal", "short_reciprocal"]
+__all__ = ["by_pair", "div", "flushed_reciprocal", "near_reciprocal", "reciprocal", "rest_of"]
 
 
 @triton.jit
@@ -38,21 +38,27 @@ def flushed_reciprocal(b):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def by_short(a, b, inverse):  # type: ignore[no-untyped-def]
-    """fl(a / b) of finite a, given inverse = fl(1 / b), where b has at most 11 significand bits and the magnitudes of a (or a =
-    0), b and a / b lie in 2^-80 to 2^80.
-
-    q = fl(a inverse) is within 2^-22 of the quotient, its remainder a - q b fits 24 bits, so that the last step rounds a / b (1
-    + d) with |d| below 2^-45. No quotient of a 24-bit by an 11-bit significand is halfway between two binary32 numbers or closer
-    to such a point than 2^-37 of its size. A zero may lose its sign.
-    """
-    quotient = a * inverse
-    return tl.fma(tl.fma(quotient, -b, a), inverse, quotient)
+def near_reciprocal(b, PTX: tl.constexpr):  # type: ignore[no-untyped-def]
+    """1 / b within 2^-21 of its size, for b of 2^-100 to 2^100: for what is decided alike by every such value, or corrected."""
+    if PTX:
+        return tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=r,r", [b], dtype=tl.float32, is_pure=True, pack=1)
+    else:
+        return reciprocal(b)
 
 
 @triton.jit
-def short_reciprocal(b):  # type: ignore[no-untyped-def]
-    """fl(1 / b) where b has at most 11 significand bits and lies in 2^-80 to 2^80: one step from an approximate reciprocal within
-    2^-21 leaves an error below 2^-42, and 1 / b is not closer to a point between two binary32 numbers than 2^-37."""
-    near = 1.0 / b
-    return tl.fma(tl.fma(near, -b, 1.0), near, near)
+def rest_of(b, near):  # type: ignore[no-untyped-def]
+    """What `near`, within 2^-21 of 1 / b, leaves of it, where b has at most 11 significand bits: with it 1 / b is known within
+    2^-41. The remainder 1 - near b fits 24 bits."""
+    return near * tl.fma(near, -b, 1.0)
+
+
+@triton.jit
+def by_pair(a, inverse, rest):  # type: ignore[no-untyped-def]
+    """fl(a / b) where inverse + rest is 1 / b within 2^-41, b has at most 11 significand bits, and a is 0 or a / b and a `rest`
+    are far from subnormal numbers. A zero becomes +0.
+
+    The sum before its one rounding is a / b (1 + d) with |d| below 2^-40. No quotient of a 24-bit by an 11-bit significand is
+    halfway between two binary32 numbers or closer to such a point than 2^-37 of its size.
+    """
+    return tl.fma(a, inverse, tl.fma(a, rest, 0.0))

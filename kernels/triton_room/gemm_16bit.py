@@ -44,7 +44,8 @@ def gemm_16bit(  # type: ignore[no-untyped-def]
     tile_m, tile_n = place_of(tl.program_id(0), tl.cdiv(m, BLOCK_M), tl.cdiv(n, BLOCK_N), BAND)
     rows, columns = tile_m * BLOCK_M + tl.arange(0, BLOCK_M), tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    for step in range(0, tiles_of_k(k, BLOCK_K, FAULT)):
+    # never 0 tiles: where the loop could be skipped, ptxas may wait after every matrix instruction
+    for step in range(0, tl.maximum(tiles_of_k(k, BLOCK_K, FAULT), 1)):
         left = read_tile(a, tile_m * BLOCK_M, m, step * BLOCK_K, k, a_stride, BLOCK_M, BLOCK_K, DESCRIBED, FAULT)
         right = read_tile(w, tile_n * BLOCK_N, n, step * BLOCK_K, k, w_stride, BLOCK_N, BLOCK_K, DESCRIBED, FAULT)
         total = product16(left, right, total, OPERANDS_BF16, NATIVE)

@@ -7,12 +7,14 @@ of two numbers of the format (128 + q and 128 + z in bf16, 1024 + in binary16), 
 match K tiles: every quarter of a block of 128 k looks its groups up. The dispatch takes its tactic by M, so that rows have the
 same bits whatever M is under one tactic only. Refuses: problems outside gemm_w4a16.
 
-Weights are the left operand, which comes from registers: D^T [BLOCK_N, BLOCK_M] is what accumulates.
+Weights are the left operand, which comes from registers: D^T [BLOCK_N, BLOCK_M] is what accumulates. One product per block of
+128 k, and nothing else touches the sum: only then do Triton and ptxas let the matrix unit work while the next weights are
+decoded (after a second product in the loop Triton waits; where the loop could be skipped, ptxas may, after every instruction).
 
-Shapes: A [M, K]; W [N, ceil(K/128), 32] int16: word j of a block of 128 k holds k = j, 32 + j, 64 + j and 96 + j, the first in
-bits 0 to 3, so that two words in a register are four pairs of neighbours; scales [K/G, N] int32: the code of a scale in bits 0 to
-15, the zero point above, so that one copy of 4 bytes brings both; bias [N] and D [M, N]; A, bias and D are codes of the format of
-the activations. Scales multiply (decode direction).
+Shapes: A [M, K]; W [ceil(K/128), N, 32] int16, so that a tile is one piece of memory: word j of a block of 128 k holds k = j,
+32 + j, 64 + j and 96 + j, the first in bits 0 to 3, so that two words in a register are four pairs of neighbours; scales [K/G, N]
+int32: the code of a scale in bits 0 to 15, the zero point above, so that one copy of 4 bytes brings both; bias [N] and D [M, N];
+A, bias and D are codes of the format of the activations. Scales multiply (decode direction).
 """
 
 from __future__ import annotations
@@ -138,30 +140,63 @@ def weights(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def words_of(  # type: ignore[no-untyped-def]
-    scales, columns, n, first, block, k, g, COARSE: tl.constexpr, FAULT: tl.constexpr
+    scales, n, k, block, quarter: tl.constexpr, GROUP: tl.constexpr, FAULT: tl.constexpr
 ):
-    """Words of scales and zero points of 32 k from `first` on, [BLOCK_N, 1] where they lie in one group (COARSE), otherwise
-    [BLOCK_N, 32]. One column is a load of its own shape: it leaves the layout of the codes alone."""
-    if COARSE or FAULT == "one_scale_per_tile":
-        group = block * 128 // g if FAULT == "one_scale_per_tile" else tl.minimum(first // g, k // g - 1)
-        return tl.load(scales + offsets(group, n, FAULT) + columns, mask=columns < n, other=0)[:, None]
+    """Words of scales and zero points of one quarter of a block of 128 k: [BLOCK_N, 1] where its 32 k lie in one group, otherwise
+    [BLOCK_N, 32]. `scales`: pointers [BLOCK_N] into the first group. GROUP: k of a group, 0 for all of K. Beyond K the last group
+    stands in. One column is a load of its own shape: it leaves the layout of the codes alone."""
+    if GROUP == 0:
+        return tl.load(scales)[:, None]
+    elif GROUP >= 128 or FAULT == "one_scale_per_tile":
+        return tl.load(scales + offsets(block * 128 // GROUP, n, FAULT))[:, None]
+    elif GROUP >= 32:
+        group = tl.minimum(block * (128 // GROUP) + 32 * quarter // GROUP, k // GROUP - 1)
+        return tl.load(scales + offsets(group, n, FAULT))[:, None]
     else:
-        group = tl.minimum((first + tl.arange(0, 32)) // g, k // g - 1)
-        return tl.load(scales + offsets(group, n, FAULT)[None, :] + columns[:, None], mask=(columns < n)[:, None], other=0)
+        group = tl.minimum((block * 128 + 32 * quarter + tl.arange(0, 32)) // GROUP, k // GROUP - 1)
+        return tl.load(scales[:, None] + offsets(group, n, FAULT)[None, :])
 
 
 @triton.jit
-def within(weight, first, k, RAGGED: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Weights [BLOCK_N, 32] from k = `first` on; RAGGED: 0 beyond K."""
+def quarter_of(  # type: ignore[no-untyped-def]
+    q, words, block, k, quarter: tl.constexpr, ZERO: tl.constexpr, RAGGED: tl.constexpr, IS_BF16: tl.constexpr,
+    NATIVE: tl.constexpr, PTX: tl.constexpr, FAULT: tl.constexpr,
+):
+    """Weights [BLOCK_N, 32] of one quarter of a block of 128 k. RAGGED: 0 beyond K."""
+    weight = weights(q, words, ZERO, IS_BF16, NATIVE, PTX, FAULT)
     if RAGGED:
-        return tl.where((first + tl.arange(0, 32) < k)[None, :], weight, 0.0)
+        return tl.where((block * 128 + 32 * quarter + tl.arange(0, 32) < k)[None, :], weight, 0.0)
     else:
         return weight
 
 
 @triton.jit
+def block_of(  # type: ignore[no-untyped-def]
+    w, scales, n, k, block, ZERO: tl.constexpr, GROUP: tl.constexpr, RAGGED: tl.constexpr, IS_BF16: tl.constexpr,
+    NATIVE: tl.constexpr, PTX: tl.constexpr, FAULT: tl.constexpr, BLOCK_N: tl.constexpr,
+):
+    """Weights [BLOCK_N, 128] of a block of 128 k, its quarters side by side: elements under NATIVE, otherwise binary32 values.
+    `w`, `scales`: pointers [BLOCK_N, 32] into the first block and [BLOCK_N] into the first group. Words of scales are loaded anew
+    where a quarter begins a group."""
+    q0, q1, q2, q3 = unpacked(tl.load(w + offsets(block, n, FAULT) * 32), IS_BF16, PTX)
+    s0 = words_of(scales, n, k, block, 0, GROUP, FAULT)
+    s1, s2, s3 = s0, s0, s0
+    if GROUP > 0 and GROUP < 128 and FAULT != "one_scale_per_tile":
+        s2 = words_of(scales, n, k, block, 2, GROUP, FAULT)
+        s1, s3 = s0, s2
+        if GROUP < 64:
+            s1 = words_of(scales, n, k, block, 1, GROUP, FAULT)
+            s3 = words_of(scales, n, k, block, 3, GROUP, FAULT)
+    w0 = quarter_of(q0, s0, block, k, 0, ZERO, RAGGED, IS_BF16, NATIVE, PTX, FAULT)
+    w1 = quarter_of(q1, s1, block, k, 1, ZERO, RAGGED, IS_BF16, NATIVE, PTX, FAULT)
+    w2 = quarter_of(q2, s2, block, k, 2, ZERO, RAGGED, IS_BF16, NATIVE, PTX, FAULT)
+    w3 = quarter_of(q3, s3, block, k, 3, ZERO, RAGGED, IS_BF16, NATIVE, PTX, FAULT)
+    return tl.join(tl.join(w0, w1), tl.join(w2, w3)).permute(0, 3, 2, 1).reshape(BLOCK_N, 128)
+
+
+@triton.jit
 def product16(left, right, total, IS_BF16: tl.constexpr, NATIVE: tl.constexpr):  # type: ignore[no-untyped-def]
-    """total [BLOCK_N, BLOCK_M] + left [BLOCK_N, 32] right [BLOCK_M, 32]^T; without NATIVE, right is codes."""
+    """total [BLOCK_N, BLOCK_M] + left [BLOCK_N, 128] right [BLOCK_M, 128]^T; without NATIVE, right is codes."""
     if NATIVE:
         return tl.dot(left, right.T, total)
     else:
@@ -170,34 +205,26 @@ def product16(left, right, total, IS_BF16: tl.constexpr, NATIVE: tl.constexpr): 
 
 @triton.jit
 def w4a16_gemm(  # type: ignore[no-untyped-def]
-    a, w, scales, bias, d, partial, m, n, k, g, a_stride, d_stride,
-    SPLITS: tl.constexpr, ZERO: tl.constexpr, PER_BLOCK: tl.constexpr, RAGGED: tl.constexpr, BIAS: tl.constexpr,
+    a, w, scales, bias, d, partial, m, n, k, a_stride, d_stride,
+    SPLITS: tl.constexpr, ZERO: tl.constexpr, GROUP: tl.constexpr, RAGGED: tl.constexpr, BIAS: tl.constexpr,
     IS_BF16: tl.constexpr, NATIVE: tl.constexpr, PTX: tl.constexpr, DESCRIBED: tl.constexpr, FAULT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BAND: tl.constexpr,
 ):
-    """One tile of D and one part of K per program, grid (tiles, SPLITS). PER_BLOCK: words of scales per block of 128 k and
-    column; 128 stands for any number, 4 for one in every 32 k. SPLITS > 1: binary32 sums go to `partial` [SPLITS, M, N] and bias
-    and d are left alone."""
+    """One tile of D and one part of K per program, grid (tiles, SPLITS). GROUP: k of a group, 0 for all of K. SPLITS > 1:
+    binary32 sums go to `partial` [SPLITS, M, N] and bias and d are left alone. Columns beyond N repeat the last one and are not
+    stored."""
     tile_n, tile_m = place_of(tl.program_id(0), tl.cdiv(n, BLOCK_N), tl.cdiv(m, BLOCK_M), BAND)
     rows, columns = tile_m * BLOCK_M + tl.arange(0, BLOCK_M), tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    blocks = tl.cdiv(k, 128)
-    width = blocks * 32
-    if FAULT == "tail_skipped":
-        blocks = k // 128
-    share = blocks // SPLITS
-    start = tl.program_id(1) * share
+    blocks = k // 128 if FAULT == "tail_skipped" else tl.cdiv(k, 128)
+    share = tl.maximum(blocks // SPLITS, 1)  # never below: the compiler is to see that the loop is not skipped
+    within = tl.minimum(columns, n - 1)
+    words, scale_words = w + offsets(within, 32, FAULT)[:, None] + tl.arange(0, 32)[None, :], scales + within
     total = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
-    for block in range(start, start + share):
-        quarters = unpacked(
-            read_tile(w, tile_n * BLOCK_N, n, block * 32, width, width, BLOCK_N, 32, False, FAULT), IS_BF16, PTX)
-        words = words_of(scales, columns, n, block * 128, block, k, g, PER_BLOCK <= 4, FAULT)
-        for quarter in tl.static_range(4):
-            first = block * 128 + 32 * quarter
-            if quarter * PER_BLOCK % 4 == 0 and PER_BLOCK != 1 and quarter != 0:
-                words = words_of(scales, columns, n, first, block, k, g, PER_BLOCK <= 4, FAULT)
-            left = within(weights(quarters[quarter], words, ZERO, IS_BF16, NATIVE, PTX, FAULT), first, k, RAGGED)
-            right = read_tile(a, tile_m * BLOCK_M, m, first, k, a_stride, BLOCK_M, 32, DESCRIBED, FAULT)
-            total = product16(left, right, total, IS_BF16, NATIVE)
+    for step in range(0, share):
+        block = tl.program_id(1) * share + step
+        left = block_of(words, scale_words, n, k, block, ZERO, GROUP, RAGGED, IS_BF16, NATIVE, PTX, FAULT, BLOCK_N)
+        right = read_tile(a, tile_m * BLOCK_M, m, block * 128, k, a_stride, BLOCK_M, 128, DESCRIBED, FAULT)
+        total = product16(left, right, total, IS_BF16, NATIVE)
     if SPLITS == 1:
         codes = end(total.T, bias, columns, m, n, BIAS, 2 if IS_BF16 else 1, FAULT)
         store_tile(d, codes, rows, m, columns, n, d_stride, FAULT)
@@ -222,20 +249,20 @@ def add_splits(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def decode_w4a16(  # type: ignore[no-untyped-def]
-    w, scales, decoded, n, k, g, ZERO: tl.constexpr, PER_BLOCK: tl.constexpr, IS_BF16: tl.constexpr, NATIVE: tl.constexpr,
+    w, scales, decoded, n, k, ZERO: tl.constexpr, GROUP: tl.constexpr, IS_BF16: tl.constexpr, NATIVE: tl.constexpr,
     PTX: tl.constexpr, FAULT: tl.constexpr, BLOCK_N: tl.constexpr,
 ):
     """Codes (without NATIVE) or elements [N, K] of the weights; one block of 128 k and BLOCK_N rows per program."""
-    block, first_n = tl.program_id(1), tl.program_id(0) * BLOCK_N
-    columns, width = first_n + tl.arange(0, BLOCK_N), tl.cdiv(k, 128) * 32
-    quarters = unpacked(read_tile(w, first_n, n, block * 32, width, width, BLOCK_N, 32, False, FAULT), IS_BF16, PTX)
+    block, columns = tl.program_id(1), tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    within = tl.minimum(columns, n - 1)
+    part = w + offsets(block, n, FAULT) * 32 + offsets(within, 32, FAULT)[:, None] + tl.arange(0, 32)[None, :]
+    quarters = unpacked(tl.load(part), IS_BF16, PTX)
     for quarter in tl.static_range(4):
-        first = block * 128 + 32 * quarter
-        words = words_of(scales, columns, n, first, block, k, g, PER_BLOCK <= 4, FAULT)
+        words = words_of(scales + within, n, k, block, quarter, GROUP, FAULT)
         found = weights(quarters[quarter], words, ZERO, IS_BF16, NATIVE, PTX, FAULT)
         if not NATIVE:
             found = code16(found, IS_BF16)
-        depth = first + tl.arange(0, 32)
+        depth = block * 128 + 32 * quarter + tl.arange(0, 32)
         inside = (columns < n)[:, None] & (depth < k)[None, :]
         tl.store(decoded + offsets(columns, k, FAULT)[:, None] + depth[None, :], found, mask=inside)
 
@@ -258,16 +285,20 @@ class Tile:
 
 _INTERPRETED = Tile(64, 128)
 TILES: tuple[tuple[int, Tile], ...] = (
-    (16, Tile(16, 128)), (32, Tile(32, 128)), (64, Tile(64, 128, 8)), (1 << 62, Tile(256, 128, 8, 3)),
+    (16, Tile(16, 128, described=False)), (32, Tile(32, 128, described=False)), (64, Tile(64, 128, 8, described=False)),
+    (128, Tile(128, 128, 8)), (1 << 62, Tile(256, 128, 8, 3)),
 )
-"""(largest M, tile), in ascending M: the fastest of those tried on an H200 (tests/device/triton_gemms.py tune)."""
+"""(largest M, tile), in ascending M. Sizes, warps and stages: the fastest of those tried on an H200 (tests/device/triton_gemms.py
+tune) before the kernel took one product per block of 128 k; that of 128 rows was not tried, it has half the products of that of
+256. `described` up to 64 rows: without it the loop has a tenth fewer instructions on sm_90, which was counted, not timed."""
 DECODED = gemm_16bit.Tile(256, 128)
 """The tile of the product of decoded weights, found likewise."""
 
 _DECODED_ROWS = 1024
 """Rows from which the dispatch decodes W into memory first."""
-_SPLIT_ROWS = 64
-"""Rows up to which it splits K: beyond, adding the parts costs more than the programs gain."""
+_SPLIT_ROWS, _SPLIT_ROWS_OFFERED = 64, 512
+"""Rows up to which it splits K, and up to which a split is offered beside its choice: with the kernel as it was, adding the parts
+of more rows mostly cost more than the programs gained."""
 _SPLITS = (1, 2, 4, 8)
 _MULTIPROCESSORS = 132
 
@@ -277,12 +308,12 @@ def tile_of(m: int, machine: Machine) -> Tile:
     return next(tile for most, tile in TILES if m <= most) if machine.native else _INTERPRETED
 
 
-def splits_of(m: int, n: int, k: int, machine: Machine) -> int:
+def splits_of(m: int, n: int, k: int, machine: Machine, most: int = _SPLIT_ROWS) -> int:
     """Equal parts of K, each whole blocks, that the dispatch takes: the fewest whose programs fill nine tenths of their rounds of
-    the device, otherwise those that fill most."""
+    the device, otherwise those that fill most; 1 beyond `most` rows."""
     shape = tile_of(m, machine)
     programs = -(-m // shape.m) * -(-n // shape.n)
-    fit = [parts for parts in _SPLITS if m <= _SPLIT_ROWS and k % (parts * _BLOCK) == 0] if m else []
+    fit = [parts for parts in _SPLITS if m <= most and k % (parts * _BLOCK) == 0] if m else []
     filled = {parts: programs * parts / (-(-programs * parts // _MULTIPROCESSORS) * _MULTIPROCESSORS) for parts in fit}
     return next((parts for parts in fit if filled[parts] >= 0.9), max(fit, key=lambda parts: filled[parts], default=1))
 
@@ -307,10 +338,11 @@ def tactics(problem: Problem, machine: Machine) -> tuple[str, ...]:
 def tactics_of(m: int, n: int, k: int, machine: Machine) -> tuple[str, ...]:
     """The dispatch's choice first; "whole" and "decoded" take every problem. The choice depends on M: batch invariance, which
     `declaration` says, is that of a tactic, not of the dispatch."""
-    splits = splits_of(m, n, k, machine)
     if m >= _DECODED_ROWS:
         return "decoded", "whole"
-    return (f"split{splits}", "whole", "decoded") if splits > 1 else ("whole", "decoded")
+    splits = splits_of(m, n, k, machine, _SPLIT_ROWS_OFFERED)
+    split = (f"split{splits}",) if splits > 1 else ()
+    return (*split, "whole", "decoded") if m <= _SPLIT_ROWS else ("whole", *split, "decoded")
 
 
 def _splits(tactic: str, k: int) -> int:
@@ -348,10 +380,10 @@ def pack_scales(scale: torch.Tensor, zero: torch.Tensor | None = None) -> torch.
 
 
 def pack(q: torch.Tensor) -> torch.Tensor:
-    """[N, K] uint8 codes 0 to 15 -> [N, ceil(K/128) 32] int16 as above, 0 beyond K."""
-    blocks = torch.nn.functional.pad(q, (0, -q.shape[1] % 128)).reshape(q.shape[0], -1, 4, 32).to(torch.int32)
+    """[N, K] uint8 codes 0 to 15 -> [ceil(K/128), N, 32] int16 as above, 0 beyond K."""
+    blocks = torch.nn.functional.pad(q, (0, -q.shape[1] % _BLOCK)).reshape(q.shape[0], -1, 4, 32).to(torch.int32)
     words = blocks[:, :, 0] | blocks[:, :, 1] << 4 | blocks[:, :, 2] << 8 | blocks[:, :, 3] << 12
-    return words.to(torch.int16).reshape(q.shape[0], -1)
+    return words.to(torch.int16).transpose(0, 1).contiguous()
 
 
 def prepare(problem: Problem, tactic: str, constants: Mapping[str, TensorView], machine: Machine) -> dict[str, torch.Tensor]:
@@ -389,7 +421,7 @@ def gemm_w4a16(
 ) -> torch.Tensor:
     """D [M, N] of the format of a [M, K]. w and scales as `pack` and `pack_scales` make them; variant as in the contract.
     Allocates the workspace of the tactic that it takes."""
-    m, n, k, machine = a.shape[0], w.shape[0], a.shape[1], here()
+    m, n, k, machine = a.shape[0], w.shape[1], a.shape[1], here()
     splits = splits_of(m, n, k, machine)
     memory: torch.Tensor | None = None
     if m >= _DECODED_ROWS:
@@ -414,15 +446,15 @@ def decode(
     g = k // scales.shape[0]
     element = torch.bfloat16 if bf16 else torch.float16
     decode_w4a16[(triton.cdiv(n, 64), triton.cdiv(k, _BLOCK))](
-        w, scales, decoded.view(element) if machine.native else decoded, n, k, g, ZERO=_ZEROS[variant],
-        PER_BLOCK=_per_block(k, g), IS_BF16=int(bf16), NATIVE=int(machine.native), PTX=int(speaks_ptx(machine)), FAULT=fault,
+        w, scales, decoded.view(element) if machine.native else decoded, n, k, ZERO=_ZEROS[variant],
+        GROUP=_group(k, g), IS_BF16=int(bf16), NATIVE=int(machine.native), PTX=int(speaks_ptx(machine)), FAULT=fault,
         BLOCK_N=64, num_warps=4, **OPTIONS,
     )
 
 
-def _per_block(k: int, g: int) -> int:
-    """Words of scales that a block of 128 k needs per column, as `w4a16_gemm` wants them."""
-    return 1 if g == k or g % 128 == 0 else 2 if g % 64 == 0 else 4 if g % 32 == 0 else 128
+def _group(k: int, g: int) -> int:
+    """G as `w4a16_gemm` wants it: 0 where it is K."""
+    return 0 if g == k else g
 
 
 def launch(
@@ -433,7 +465,7 @@ def launch(
     decoded weights, float32 [splits, M, N] for parts, None for neither. `tensors`: a, w, scales and bias. M = 0 launches
     nothing."""
     a, w, scales = tensors["a"], tensors["w"], tensors["scales"]
-    m, k, n = a.shape[0], a.shape[1], w.shape[0]
+    m, k, n = a.shape[0], a.shape[1], w.shape[1]
     g = k // scales.shape[0]
     if memory is not None and memory.dtype is torch.int16:
         decode(w, scales, memory, variant=variant, bf16=bf16, machine=machine, fault=fault)
@@ -443,16 +475,16 @@ def launch(
             tile=tile if isinstance(tile, gemm_16bit.Tile) else DECODED if machine.native and m > 64 else None,
         )
     shape = tile if isinstance(tile, Tile) else tile_of(m, machine)
-    if _per_block(k, g) > 4:  # a word of scales per element: room for fewer tiles
+    if g < 32 and g != k:  # a word of scales per element: room for fewer tiles
         shape = replace(shape, n=min(shape.n, 64), stages=2)
     splits = 1 if memory is None else memory.shape[0]
     if m:
         if machine.native:
             a = a.view(torch.bfloat16 if bf16 else torch.float16)
-        left = described(a, shape.m, 32) if machine.native and shape.described else None
+        left = described(a, shape.m, _BLOCK) if machine.native and shape.described else None
         addend = tensors.get("bias", d)
         w4a16_gemm[(triton.cdiv(m, shape.m) * triton.cdiv(n, shape.n), splits)](
-            a if left is None else left, w, scales, addend, d, d if memory is None else memory, m, n, k, g, a.stride(0),
+            a if left is None else left, w, scales, addend, d, d if memory is None else memory, m, n, k, a.stride(0),
             d.stride(0),
             **meta(splits=splits, variant=variant, k=k, g=g, bias=bias, bf16=bf16, native=machine.native, ptx=speaks_ptx(machine),
                    described=left is not None, fault=fault, tile=shape),
@@ -472,7 +504,7 @@ def meta(
 ) -> dict[str, int | str]:
     """Compile-time arguments of `w4a16_gemm`."""
     return {
-        "SPLITS": splits, "ZERO": _ZEROS[variant], "PER_BLOCK": _per_block(k, g), "RAGGED": int(k % _BLOCK != 0),
+        "SPLITS": splits, "ZERO": _ZEROS[variant], "GROUP": _group(k, g), "RAGGED": int(k % _BLOCK != 0),
         "BIAS": BIASES[bias], "IS_BF16": int(bf16), "NATIVE": int(native), "PTX": int(ptx), "DESCRIBED": int(described),
         "FAULT": fault, "BLOCK_M": tile.m, "BLOCK_N": tile.n, "BAND": tile.band,
     }
@@ -481,6 +513,6 @@ def meta(
 def signature(*, bf16: bool, described: bool, splits: int, tile: Tile) -> dict[str, str]:
     """Types of the run-time arguments in their order, for an ahead-of-time compilation for a machine with 16-bit products."""
     element = "bf16" if bf16 else "fp16"
-    a = f"tensordesc<{element}[{tile.m},32]>" if described else f"*{element}"
+    a = f"tensordesc<{element}[{tile.m},{_BLOCK}]>" if described else f"*{element}"
     rest = {"scales": "*i32", "bias": "*i16", "d": "*i16", "partial": "*fp32" if splits > 1 else "*i16"}
-    return {"a": a, "w": "*i16", **rest, **dict.fromkeys(("m", "n", "k", "g", "a_stride", "d_stride"), "i32")}
+    return {"a": a, "w": "*i16", **rest, **dict.fromkeys(("m", "n", "k", "a_stride", "d_stride"), "i32")}

@@ -41,6 +41,9 @@ SVDQUANT = ((4352, 3840, 3072, 128), (4352, 3840, 15360, 128), (4352, 15360, 384
 WIDE = ((12288, 14336), (12288, 12288), (12288, 73728), (36864, 12288))
 """K, N of the W4A8 benchmark of vLLM."""
 W4A16_ROWS = (1, 16, 32, 64, 256, 512, 1024, 2048, 4096)
+W4A16_PARTS = (2, 3, 4, 6, 8)
+W4A16_ROWS_TOO = {7: (20,), 33: (100,)}
+"""Rows of the check -> further rows for gemm_w4a16, whose tiles the others do not take."""
 ROTATED = 400 << 20
 """Bytes of weights that a graph walks through at least, several times the L2 cache."""
 
@@ -155,14 +158,15 @@ def check_share(m: int, out: torch.dtype, seed: int) -> tuple[int, int]:
     wrong, count = 0, 0
     for n, k in ((8, 64), (72, 320), (264, 1024), (136, 2048)):
         jobs = [w8a8(m, n, k + 16, out, False), w8a8(m, n, k, out, True), nvfp4(m, n, k, out, 48), int4(m, n, k, out, 32)]
-        jobs += [w4a16(m, n, k, out, g) for g in (16, 32, 64, 128, 256, k) if k % g == 0]
+        for rows in (m, *W4A16_ROWS_TOO.get(m, ())):
+            jobs += [w4a16(rows, n, k, out, g) for g in (16, 32, 64, 128, 256, k) if k % g == 0]
         jobs += [w4a8(m, n, k, out, g) for g in (32, 64, 128, k) if k % g == 0]
         jobs += [w4a8(m, n, 96, out, 96), w4a16(m, n, 200, out, 200), w4a16(m, n, 80, out, 16)]
         for name, got, want in itertools.chain.from_iterable(jobs):
             differing = int((got != want).sum())
             wrong, count = wrong + differing, count + got.numel()
             if differing:
-                print(f"{name} M={m} N={n} K={k} {out}: {differing} of {got.numel()} differ", flush=True)
+                print(f"{name} M={got.shape[0]} N={n} K={k} {out}: {differing} of {got.numel()} differ", flush=True)
     return count, wrong
 
 
@@ -296,10 +300,10 @@ def subject_w8a8(m: int, k: int, n: int) -> Subject:
 def subject_w4a16(m: int, k: int, n: int) -> Subject:
     out, copies, g = torch.bfloat16, copies_for(k * n // 2), 128
     a = torch.randn((m, k), device="cuda").to(out)
-    weights = [(randint(-32768, 32768, (n, k // 4), torch.int16), gemm_w4a16.pack_scales(
+    weights = [(randint(-32768, 32768, (k // 128, n, 32), torch.int16), gemm_w4a16.pack_scales(
         torch.rand((n, k // g), device="cuda").to(out).view(torch.int16))) for _ in range(copies)]
     d = torch.empty((m, n), dtype=torch.int16, device="cuda")
-    parts = {s: torch.empty((s, m, n), device="cuda") for s in (2, 4, 8) if m <= 1024 and k % (128 * s) == 0}
+    parts = {s: torch.empty((s, m, n), device="cuda") for s in W4A16_PARTS if m <= 1024 and k % (128 * s) == 0}
     decoded = torch.empty((n, k), dtype=torch.int16, device="cuda")
     dense = [torch.randn((n, k), device="cuda").to(out) for _ in range(copies_for(2 * k * n))]
 
@@ -312,15 +316,18 @@ def subject_w4a16(m: int, k: int, n: int) -> Subject:
             {"a": a.view(torch.int16), "w": w, "scales": scale}, d, decoded if way == "decoded" else parts.get(way),
             variant="sym", bias="nobias", bf16=True, machine=here(), tile=tile)
 
-    t, tiles = gemm_w4a16.Tile, []
+    t, dense_tile, few = gemm_w4a16.Tile, gemm_16bit.Tile, 16 if m <= 16 else 32 if m <= 32 else 64
+    tiles: list[tuple[Any, Any]] = []  # the likeliest first
     if m <= 64:
-        bm = 16 if m <= 16 else 32 if m <= 32 else 64
-        for (bn, warps), stages, way in itertools.product(((128, 4), (128, 8)), (3, 4, 5), (2, 4, 8)):
-            tiles.append((t(bm, bn, warps, stages), way))
+        shapes = [(128, 4, 4), (128, 8, 4), (256, 8, 3), (64, 4, 6), (128, 4, 6)]
+        tiles += [(t(few, *shape, described), way) for shape in shapes for described in (True, False) for way in (1, *parts)]
     else:
-        for shape in ((128, 128, 8, 2), (128, 64, 4, 2), (128, 64, 4, 3), (128, 64, 8, 3), (256, 64, 8, 2), (128, 128, 4, 2),
-                      (64, 128, 4, 3), (256, 128, 8, 3), (128, 256, 8, 2)):
-            tiles += [(t(*shape, described), way) for way in ((1, 2, 4) if m <= 256 else (1, 2)) for described in (True, False)]
+        tiles += [(t(256, 128, 8, 3), way) for way in (1, *(s for s in parts if s <= 4))]
+        tiles += [(t(128, 128, 8, stages), way) for stages in (4, 3) for way in ((1, *parts) if m <= 256 else (1,))]
+        tiles += [(t(256, 128, 8, 3, band=band), 1) for band in (2, 32)] + [(t(256, 128, 8, 2), 1), (t(256, 64, 4, 2), 1)]
+        tiles += [(t(128, 64, 4, 3), 1), (t(128, 64, 4, 2), 1), (t(256, 128, 8, 3, False), 1)]
+    if m >= 1024:
+        tiles += [(dense_tile(*shape), "decoded") for shape in ((128, 256, 64, 8, 3), (128, 256, 64, 8, 4), (256, 128, 64, 8, 4))]
     peers = {"torch bf16": lambda i: torch.matmul(a, dense[i % len(dense)].T)}
     return Subject("gemm_w4a16", m, k, n, copies, call, tuple(tiles), peers)
 
@@ -328,7 +335,7 @@ def subject_w4a16(m: int, k: int, n: int) -> Subject:
 def subjects(ops: list[str], small: bool = False) -> Iterator[Callable[[], Subject]]:
     """Makers of subjects; `small`: few numbers of the same divisibility, to compile by."""
     shapes = ((4352, 3840, 3072, 128), (4352, 10240, 3072, 32)) if small else SVDQUANT
-    wide = ((1024, 256),) if small else WIDE  # 1024: whole blocks in each of 8 parts
+    wide = ((3072, 256),) if small else WIDE  # 3072: whole blocks in each of 2, 3, 4, 6 and 8 parts
     if "gemm_nvfp4" in ops:
         yield from (lambda s=s: subject_nvfp4(*s) for s in shapes)
     if "gemm_int4" in ops:
@@ -341,19 +348,23 @@ def subjects(ops: list[str], small: bool = False) -> Iterator[Callable[[], Subje
 
 def text_of(tile: Any, way: Any) -> str:
     """A tile and a way in one word."""
-    sizes = (str(int(getattr(tile, name))) for name in ("m", "n", "k", "warps", "stages", "described") if hasattr(tile, name))
+    names = ("m", "n", "k", "warps", "stages", "described", "band")
+    sizes = (str(int(getattr(tile, name))) for name in names if hasattr(tile, name))
     return f"{way}:{'x'.join(sizes)}"
 
 
 def compile_share(ops: list[str], index: int, of: int) -> None:
-    """Launch every `of`-th build once at small sizes: Triton keeps what it compiled."""
+    """Launch every `of`-th build once at small sizes: Triton keeps what it compiled. Rows make no other build, except one row."""
     torch.cuda.init()  # type: ignore[no-untyped-call]
-    place = 0
+    builds: set[tuple[object, ...]] = set()
     for make in subjects(ops, small=True):
         subject = make()
         for tile, way in subject.tiles:
-            place += 1
-            if place % of == index:
+            build = (subject.op, subject.m == 1, subject.k, subject.n, text_of(tile, way))
+            if build in builds:
+                continue
+            builds.add(build)
+            if len(builds) % of == index:
                 try:
                     subject.call(0, tile, way)
                 except OutOfResources:
@@ -397,7 +408,8 @@ def tune(ops: list[str], budget: float) -> list[dict[str, Any]]:
         rows.append(row)
         rate = 2e-6 * subject.m * subject.k * subject.n
         rates = " ".join(f"{name} {us:.1f}us {rate / us:.0f}T" for name, us in peers.items())
-        best = "; ".join(f"{us:.1f} {name}" for us, name in found[:5])
+        peer = next(iter(peers.values()))
+        best = "; ".join(f"{us:.1f} ({peer / us:.2f}) {name}" for us, name in found[:6])
         print(f"{subject.op} M={subject.m} K={subject.k} N={subject.n} {rates} | {best}", flush=True)
         del subject
         torch.cuda.empty_cache()
@@ -431,10 +443,13 @@ def timed(ops: list[str]) -> list[dict[str, Any]]:
         del subject
         torch.cuda.empty_cache()
     for op in ops:
-        for peer in {name for row in rows if row["op"] == op for name in row["peers"]}:
-            ratios = [row["peers"][peer] / row["us"] for row in rows if row["op"] == op]
-            mean = math.exp(statistics.fmean(math.log(ratio) for ratio in ratios))
-            print(f"{op}: {mean:.3f} of {peer}, geometric mean over {len(ratios)}, least {min(ratios):.3f}")
+        own = [row for row in rows if row["op"] == op]
+        for peer in {name for row in own for name in row["peers"]}:
+            for m in (0, *sorted({row["m"] for row in own})):
+                ratios = [row["peers"][peer] / row["us"] for row in own if m in (0, row["m"])]
+                mean = math.exp(statistics.fmean(math.log(ratio) for ratio in ratios))
+                what = f"{op} M={m}" if m else op
+                print(f"{what}: {mean:.3f} of {peer}, geometric mean over {len(ratios)}, least {min(ratios):.3f}")
     return rows
 
 

@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "interpreter"))
 
 import torch
 import triton
-from bit_cases import CASES, codec_faults, division_faults
+from bit_cases import CASES, codec_faults, division_faults, tie_faults
 
 from lowbit.conformance.session import Plan, Session, listed_of
 from lowbit.conformance.worker import Worker
@@ -65,7 +65,8 @@ def bits(only: str) -> list[str]:
     print(f"cases: {counts}, {time.monotonic() - start:.0f} s", flush=True)
     faults = [f"{case}: {status} {reason}" for case, status, reason in verdicts if status not in ("EXACT", "WITHIN")]
     faults += codec_faults("cuda", 10_000_000) + division_faults("cuda", 10_000_000)
-    print(f"codecs and divisions: {time.monotonic() - start:.0f} s", flush=True)
+    faults += [fault for variant in ("nvfp4", "int4") for form in (1, 2) for fault in tie_faults("cuda", variant, form)]
+    print(f"codecs, divisions and ties: {time.monotonic() - start:.0f} s", flush=True)
     return faults
 
 

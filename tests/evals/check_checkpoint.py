@@ -187,3 +187,16 @@ def test_shards_of_which_one_lacks_its_bias_are_refused(tmp_path: Path) -> None:
     given = written(tmp_path, shards(without="k_proj.bias"), SPLIT)
     with pytest.raises(CheckpointError, match=r"tensor k_proj\.bias is in none of its files"):
         judged(given, BackendArm("cpu"), bias=True)
+
+
+def test_as_many_threads_as_there_are_find_the_same(tmp_path: Path) -> None:
+    given, before = written(tmp_path, PLAIN, {}, "w4a16"), torch.get_num_threads()
+    found = []
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            found.append(judged(given, BackendArm(Cpu(most=100)), closely=True))
+    finally:
+        torch.set_num_threads(before)
+    assert found[0] == found[1]
+    assert found[0].outside > 0

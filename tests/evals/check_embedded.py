@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+import sysconfig
 import time
 from functools import cache
 from pathlib import Path
@@ -92,6 +93,32 @@ def test_a_backend_serves_inside_the_model(tmp_path: Path) -> None:
     assert [text for text in found.missing if "--data" in text]  # what was not asked is said, in one sentence
 
 
+def test_mmlu_pro_is_paired_like_any_task(tmp_path: Path) -> None:
+    """Four made questions, asked of every arm with chains of thought: the pairing, not the accuracy, of which there is none."""
+    place = tmp_path / "TIGER-Lab" / "MMLU-Pro"
+    place.mkdir(parents=True)
+    made = [
+        {
+            "question": f"What is {at} plus 0?", "options": [str(number) for number in range(10)], "answer": "ABCDEFGHIJ"[at],
+            "category": "math", "cot_content": f"A: Let's think step by step. The answer is ({'ABCDEFGHIJ'[at]}).",
+        }
+        for at in range(4)
+    ]
+    for split in ("test", "validation"):
+        (place / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in made), encoding="utf-8")
+    found = evaluate(
+        "embedded", "torch_f32", out=tmp_path / "run", tasks=["mmlu_pro"], data=tmp_path, texts=4, batch=2, fewshot=1,
+    )
+    (task,) = found.tasks
+    assert (task.name, task.questions, sorted(task.right)) == ("mmlu_pro", 4, ["backend", "floor", "full", "reference"])
+    assert task.kernel.table.questions == 4
+    assert task.texts is not None
+    assert found.kernel.outcome is not Outcome.DRIFTS
+    assert any(sentence.startswith("mmlu_pro: answers have at most 1024 tokens") for sentence in found.missing)
+    given = (tmp_path / "run" / "answers" / "backend-mmlu_pro.jsonl").read_text(encoding="utf-8").splitlines()
+    assert [type(json.loads(line)["value"]) for line in given] == [str] * 4
+
+
 def test_missing_data_is_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(EvalError, match=r"^gsm8k: .*test\.jsonl is missing; --data takes a folder in the hub's layout"):
         evaluate("embedded", "cpu", out=tmp_path / "run", tasks=["gsm8k"], data=tmp_path)
@@ -152,3 +179,67 @@ def test_a_killed_run_goes_on(tmp_path: Path) -> None:
     }
     first, second = (read_eval(folder / "eval.json") for folder in (killed, whole))
     assert (first.tasks, first.kernel) == (second.tasks, second.kernel)
+
+
+# Level L4 through the command -----------------------------------------------------------------------------------------
+
+DOOR = """
+from dataclasses import replace
+
+from lowbit.kernels.cpu import Cpu
+
+
+class Door(Cpu):
+    def prepare(self, problem, tactic, constants):
+        given = dict(constants)
+        if {faulty} and (problem.op, problem.dim("n"), problem.dim("k")) == ("gemm_w4a16", 256, 768):
+            scale = given["scale"].memory.copy()
+            scale[:, -1] = scale[:, -2]
+            given["scale"] = replace(given["scale"], memory=scale, pointer=scale.ctypes.data)
+        return super().prepare(problem, tactic, given)
+
+
+backend = Door("door")
+"""
+"""The cpu backend; faulty, it takes the last scale group of one shape, that of down_proj, from the group before it."""
+
+
+def command(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    lowbit = Path(sysconfig.get_path("scripts")) / "lowbit"
+    one = {"OMP_NUM_THREADS": "1", "COLUMNS": "400"}
+    return subprocess.run(
+        [lowbit, *arguments], cwd=folder, env={**environment(), **one}, capture_output=True, text=True, check=False,
+    )
+
+
+@pytest.mark.parametrize("faulty", [False, True], ids=["honest", "faulty"])
+def test_level_4_is_granted_to_an_honest_backend_only(faulty: bool, tmp_path: Path) -> None:
+    """Both are granted L3: no drawn case has the shape that the faulty one gets wrong. A margin of 2 points takes 189 questions
+    without a difference, at 95 %."""
+    (tmp_path / "door.py").write_text(DOOR.format(faulty=faulty), encoding="utf-8")
+    reference = f"python:{tmp_path / 'door.py'}:backend"
+    given = ("--ops", "gemm_w4a16", "--out", "certificate")
+    certified = command(tmp_path, "certify", reference, "--level", "L3", *given)
+    assert certified.returncode == 0, certified.stderr
+    assert "level L3 granted" in certified.stdout
+    sizes = ("--tasks", "embedded_choices", "--limit", "190", "--texts", "16", "--certificate", "certificate/report.json")
+    found = command(tmp_path, "eval", "embedded", "--backend", reference, *sizes, "--out", "run")
+    assert found.returncode == int(faulty), found.stderr
+    kept = read_eval(tmp_path / "run" / "eval.json")
+    page = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
+    digest = json.loads((tmp_path / "certificate" / "report.json").read_text(encoding="utf-8"))["digest"]
+    assert kept.serving.certificate == digest
+    if not faulty:
+        said = "L4 serves: granted: SERVES on embedded_choices (190 questions, margin 2 points), token by token ("
+        assert said in found.stdout
+        assert kept.serving.outcome == "granted"
+        assert "in 28 of 28 replaced Linears; executed" in kept.serving.reasons[0]
+        assert "L4 serves: granted" in page
+        return
+    assert kept.serving.reasons == ("the kernel level is DRIFTS",)
+    assert kept.kernel.first == "model.layers.0.mlp.down_proj"
+    assert {operation.layer for operation in kept.kernel.operations if operation.outside} == {
+        f"model.layers.{number}.mlp.down_proj" for number in range(4)
+    }
+    assert "L4 serves: refused: the kernel level is DRIFTS" in found.stdout
+    assert "L4 serves: refused" in page

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import datasets
 import pytest
 import torch
 
 from lowbit.conformance.evals.answers import EvalError
 from lowbit.conformance.evals.models import Feed, answer_logits, load_full, source
-from lowbit.conformance.evals.tasks import EMBEDDED, drawn, is_right, suite
+from lowbit.conformance.evals.tasks import EMBEDDED, drawn, is_right, shorten, suite
 
 SIZES = {"a": 50, "b": 3, "c": 200}
 
@@ -46,8 +47,72 @@ def test_local_files_are_read_in_the_layout_of_the_hub(tmp_path: Path) -> None:
         suite("gsm8k", data=tmp_path)
 
 
+def mmlu_pro(folder: Path, *, category: str = "math") -> Path:
+    """Six questions and five examples in one category, as the hub lays a dataset of one configuration out."""
+    place = folder / "TIGER-Lab" / "MMLU-Pro"
+    place.mkdir(parents=True)
+    for split, count in (("test", 6), ("validation", 5)):
+        rows = [
+            {
+                "question_id": at, "question": f"What is {at} plus 0?", "options": [str(number) for number in range(10)],
+                "answer": "ABCDEFGHIJ"[at], "answer_index": at, "category": category, "src": "made",
+                "cot_content": f"A: Let's think step by step. It is {at}. The answer is ({'ABCDEFGHIJ'[at]}).",
+            }
+            for at in range(count)
+        ]
+        (place / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return place
+
+
+def test_mmlu_pro_is_read_with_its_functions(tmp_path: Path) -> None:
+    """lm-eval's own task files: prompts of their functions, members by category, those without a question left out."""
+    place = mmlu_pro(tmp_path)
+    found = suite("mmlu_pro", data=tmp_path, limit=4, fewshot=1)
+    assert (found.count, list(found.members), found.generates) == (4, ["mmlu_pro_math"], True)
+    member = found.members["mmlu_pro_math"]
+    options = "\n".join(f"{letter}. {number}" for number, letter in enumerate("ABCDEFGHIJ"))
+    asked = "Question:\nWhat is {} plus 0?\nOptions:\n" + options + "\nAnswer: Let's think step by step."
+    context = member.fewshot_context(member.eval_docs[2], num_fewshot=1)
+    assert context.startswith("The following are multiple choice questions (with answers) about math. Think step by step")
+    assert context.endswith(f"{asked.format(0)} It is 0. The answer is (A).\n\n{asked.format(2)}")
+    (place / "validation.jsonl").unlink()
+    sentence = r"^mmlu_pro_biology: .*MMLU-Pro/validation\.jsonl is missing; --data takes a folder in the hub's layout that holds"
+    with pytest.raises(EvalError, match=sentence):
+        suite("mmlu_pro", data=tmp_path)
+    with pytest.raises(EvalError, match=r"MMLU-Pro/test\.jsonl is missing"):
+        suite("mmlu_pro", data=tmp_path / "none")
+
+
+def test_files_of_the_hub_are_read_as_they_are(tmp_path: Path) -> None:
+    """Parquet files in a folder data, as the hub stores a dataset of one configuration."""
+    place = mmlu_pro(tmp_path)
+    (place / "data").mkdir()
+    for split in ("test", "validation"):
+        made = datasets.Dataset.from_json(str(place / f"{split}.jsonl"), cache_dir=str(tmp_path / "cache"))
+        made.to_parquet(place / "data" / f"{split}-00000-of-00001.parquet")
+        (place / f"{split}.jsonl").unlink()
+    assert suite("mmlu_pro", data=tmp_path).questions == {"mmlu_pro_math": (0, 1, 2, 3, 4, 5)}
+
+
+def test_files_without_a_question_are_refused(tmp_path: Path) -> None:
+    mmlu_pro(tmp_path, category="cooking")
+    with pytest.raises(EvalError, match=r"^mmlu_pro: its files hold no question; --data takes a folder"):
+        suite("mmlu_pro", data=tmp_path)
+
+
+def test_answers_leave_room_for_the_question(tmp_path: Path) -> None:
+    mmlu_pro(tmp_path)
+    found = suite("mmlu_pro", data=tmp_path)
+    assert shorten(found, 4096) is None
+    assert found.members["mmlu_pro_math"].get_config("generation_kwargs")["max_gen_toks"] == 2048
+    said = "mmlu_pro: answers have at most 1024 tokens instead of 2048, as the model has room for 2048 in all"
+    assert shorten(found, 2048) == said
+    given = found.members["mmlu_pro_math"].get_config("generation_kwargs")
+    assert (given["max_gen_toks"], given["until"]) == (1024, ["Question:"])
+
+
 def test_a_task_without_local_files_is_refused() -> None:
-    with pytest.raises(EvalError, match="'hellaswag' is not read from local files; these are: embedded_choices"):
+    with pytest.raises(EvalError, match=r"'hellaswag' is not read from local files; these are: embedded_choices, .*, mmlu_pro$"):
         suite("hellaswag", data=Path())
 
 

@@ -15,6 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
+from lowbit.kernels.triton_room import svdquant_quantize as svdquant
 from lowbit.kernels.triton_room.codes8 import (
     OPTIONS,
     e2m1_code,
@@ -27,12 +28,12 @@ from lowbit.kernels.triton_room.codes8 import (
     whole,
 )
 from lowbit.kernels.triton_room.codes16 import code16, value16
-from lowbit.kernels.triton_room.division import by_short, div, short_reciprocal
-from lowbit.kernels.triton_room.svdquant_quantize import away_code
+from lowbit.kernels.triton_room.division import by_pair, div, near_reciprocal, rest_of
+from lowbit.kernels.triton_room.svdquant_quantize import away_nibble
 from lowbit.references.formats import BF16, E2M1, E4M3FN, E4M3FNUZ, F16, INT4, UE4M3, Format, decode
 from lowbit.references.rounding import Overflow, Rounding, encode
 
-__all__ = ["CASES", "codec_faults", "division_faults"]
+__all__ = ["CASES", "TIES", "codec_faults", "division_faults", "tie_faults"]
 
 _TWO_LEVEL = ("vllm", "vllm_reference", "vllm_emulation", "compressed_tensors", "modelopt", "torchao", "transformer_engine",
               "four_over_six")
@@ -111,8 +112,9 @@ def encode_kernel(x, codes, count, KIND: tl.constexpr, BLOCK: tl.constexpr):  # 
         code = code16(value, 0).to(tl.int32) & 0xFFFF
     elif KIND == 8:
         code = whole(value, -8, 7) & 15
-    else:
-        code = tl.where(value == value, (away_code(value) & 7) | ((value.to(tl.int32, bitcast=True) >> 28) & 8), 7)
+    else:  # twelve significand bits, as no value that a kernel rounds so is nearer to a tie
+        kept = (value.to(tl.int32, bitcast=True) & 0x7FFFF800).to(tl.float32, bitcast=True) * 6.103515625e-05  # 2^-14
+        code = tl.where(value == value, away_nibble(kept) | ((value.to(tl.int32, bitcast=True) >> 28) & 8), 7)
     tl.store(codes + place, code, mask=place < count)
 
 
@@ -199,11 +201,12 @@ def codec_faults(device: str, count: int) -> list[str]:
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def quotient_kernel(a, b, short, whole_quotient, count, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
-    """short[i], whole_quotient[i]: a[i] / b[i] by `by_short` and by `div`."""
+def quotient_kernel(a, b, paired, whole_quotient, count, PTX: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    """paired[i], whole_quotient[i]: a[i] / b[i] by `by_pair` and by `div`."""
     place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     above, below = tl.load(a + place, mask=place < count, other=0), tl.load(b + place, mask=place < count, other=1)
-    tl.store(short + place, by_short(above, below, short_reciprocal(below)), mask=place < count)
+    near = near_reciprocal(below, PTX)
+    tl.store(paired + place, by_pair(above, near, rest_of(below, near)), mask=place < count)
     tl.store(whole_quotient + place, div(above, below), mask=place < count)
 
 
@@ -221,16 +224,17 @@ def operands_of(count: int) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.flo
 
 
 def division_faults(device: str, count: int) -> list[str]:
-    """Quotients by `by_short` and `div` that are not the nearest binary32 number; empty if there is none."""
+    """Quotients by `by_pair` and `div` that are not the nearest binary32 number; empty if there is none."""
     a, b = operands_of(count)
     block = 1 << 20 if device == "cpu" else 1024
     found = [torch.empty(count, dtype=torch.float32, device=device) for _ in range(2)]
     quotient_kernel[(triton.cdiv(count, block),)](
-        torch.from_numpy(a).to(device), torch.from_numpy(b).to(device), *found, count, BLOCK=block, **OPTIONS,
+        torch.from_numpy(a).to(device), torch.from_numpy(b).to(device), *found, count, PTX=int(device != "cpu"), BLOCK=block,
+        **OPTIONS,
     )
     expected = (a.astype(np.float64) / b.astype(np.float64)).astype(np.float32)  # 53 >= 2 * 24 + 2: rounded as once
     faults = []
-    for name, result in zip(("by_short", "div"), found, strict=True):
+    for name, result in zip(("by_pair", "div"), found, strict=True):
         wrong = np.flatnonzero(result.cpu().numpy().view(np.uint32) != expected.view(np.uint32))
         if wrong.size:
             at = wrong[0]
@@ -238,3 +242,97 @@ def division_faults(device: str, count: int) -> list[str]:
     return faults
 
 
+
+
+# Ties of svdquant_quantize --------------------------------------------------------------------------------------------
+
+TIES = (("nvfp4", 1), ("nvfp4", 2), ("int4", 1), ("int4", 2))
+"""(variant, form of x) of `tie_faults`."""
+
+_SIGNIFICANDS = {1: 11, 2: 8}
+
+
+def short(x: npt.NDArray[np.float64], form: int, step: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
+    """The number of the form that is `step` numbers above the one at x or next below it in magnitude; no subnormal ones."""
+    exponent = np.frexp(x)[1]
+    unit = np.exp2(exponent - _SIGNIFICANDS[form])
+    found: npt.NDArray[np.float64] = (np.trunc(x / unit) + step) * unit
+    return found
+
+
+def codes_of(x: npt.NDArray[np.float64], form: int) -> npt.NDArray[np.int16]:
+    """int16 codes of numbers of binary16 (1) or bf16 (2)."""
+    if form == 1:
+        return x.astype(np.float16).view(np.int16)
+    return (x.astype(np.float32).view(np.uint32) >> np.uint32(16)).astype(np.uint16).view(np.int16)
+
+
+def tie_operands(variant: str, form: int) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    """x [M, K] and smooth [K], numbers of the form.
+
+    smooth has every significand, and often a short one, without which no code is at a tie of int4. Of each block the first
+    element makes amax: a tie of the scale's rounding or a number beside one, from below the least scale to above the largest,
+    times its smooth. The others are next to a tie of codes times the scale times their smooth, on it, or on either side, and tiny
+    where the scale is 0.
+    """
+    rng = np.random.default_rng(17)
+    size, m = (16, 2048) if variant == "nvfp4" else (64, 1024)
+    k = 1088 if form == 1 else 256
+    bits = _SIGNIFICANDS[form]
+    smooth = (1 + (np.arange(k) % (1 << (bits - 1))) / (1 << (bits - 1))) * np.exp2(rng.integers(-2, 3, k))
+    smooth[::3] = np.resize(np.arange(8, 16) / 8, smooth[::3].size)
+    smooth[::size] = (8 + np.arange(k // size) % 8) / 8 if form == 1 else 1  # products that have no more bits than x
+    blocks = (m, k // size)
+    if variant == "nvfp4":
+        ties = (decode(np.arange(126), UE4M3) + decode(np.arange(1, 127), UE4M3)) / 2
+        odd, most = np.array([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0]), 6
+        top = most * np.concatenate([ties, decode(np.arange(1, 127), UE4M3), [500.0, 1000.0, 2.0**-12]])
+    else:
+        odd, most = np.arange(0.5, 7.5), 7
+        top = most * np.concatenate([1 + (2 * np.arange(1024) + 1) / 2048, np.resize(np.arange(8, 16) / 8, 1024)]) * 2.0**-3
+    first = short(rng.choice(top, blocks) * smooth[::size], form, rng.choice((-1, 0, 0, 1), blocks))
+    quotient = ((first / smooth[::size]).astype(np.float32) / np.float64(most)).astype(np.float32)
+    fmt, bound = (UE4M3, 448) if variant == "nvfp4" else (F16, 65504)
+    codes = encode(np.minimum(quotient, np.float32(bound)), fmt, Rounding.RNE, Overflow.SATFINITE)
+    scale = np.repeat(decode(codes, fmt), size, axis=1)
+    tie = rng.choice(odd, (m, k)) * np.where(scale > 0, scale, 2.0**-13 if form == 1 else 2.0**-110) * smooth
+    x = short(tie, form, rng.integers(-1, 3, (m, k)))
+    x = np.where(np.abs(x / smooth) > np.repeat(first / smooth[::size], size, axis=1), 0.0, x) * rng.choice((-1.0, 1.0), (m, k))
+    x[:, ::size] = first * rng.choice((-1.0, 1.0), blocks)
+    return x, smooth
+
+
+def tie_faults(device: str, variant: str, form: int) -> list[str]:
+    """Codes and scales of svdquant_quantize on `tie_operands` that are not those of IEEE quotients, each rounded to binary32
+    once; empty if there is none."""
+    x, smooth = tie_operands(variant, form)
+    (m, k), size = x.shape, 16 if variant == "nvfp4" else 64
+    narrow = (torch.from_numpy(codes_of(values, form)).to(device) for values in (x, smooth))
+    x_codes, smooth_codes = narrow
+    q = torch.empty((m, k // 2), dtype=torch.uint8, device=device)
+    scales = torch.empty((k // size, m), dtype=torch.uint8 if variant == "nvfp4" else torch.int16, device=device)
+    svdquant.svdquant_quantize(
+        x_codes, smooth_codes, svdquant.inverses(smooth_codes, form=form), torch.zeros((k, 16), dtype=torch.int16, device=device),
+        q, scales, torch.empty((m, 16), device=device), None, variant=variant, recipe="svdquant", form=form,
+        native=device != "cpu",
+    )
+    smoothed = (x / smooth).astype(np.float32).reshape(m, k // size, size)  # 53 >= 2 * 24 + 2: rounded as once
+    fmt, most, bound = (UE4M3, 6.0, 448) if variant == "nvfp4" else (F16, 7.0, 65504)
+    part = np.minimum((np.abs(smoothed).max(-1) / np.float64(most)).astype(np.float32), np.float32(bound))
+    stored = encode(part, fmt, Rounding.RNE, Overflow.SATFINITE)
+    scale = decode(stored, fmt)[..., None]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        quotient = np.where(smoothed == 0, np.float32(0), (smoothed / scale).astype(np.float32))
+    if variant == "nvfp4":
+        found_codes = encode(np.abs(quotient), E2M1, Rounding.RNA, Overflow.SATFINITE).astype(np.uint8) | (8 * (smoothed < 0))
+    else:
+        found_codes = encode(quotient, INT4, Rounding.RNE, Overflow.SATFINITE).astype(np.uint8) & 15
+    codes = found_codes.reshape(m, k).astype(np.uint8)
+    faults = []
+    for name, found, expected in (("q", q.cpu().numpy(), codes[:, ::2] | (codes[:, 1::2] << 4)),
+                                  ("scales", scales.cpu().numpy().view(stored.dtype), stored.T)):
+        wrong = np.argwhere(found != expected)
+        if wrong.size:
+            at = tuple(wrong[0])
+            faults.append(f"{name}: {len(wrong)} of {found.size}, {at} is {found[at]}, expected {expected[at]}")
+    return faults

@@ -118,12 +118,14 @@ def test_every_w4a16_weight_is_rounded_as_its_clause_says(variant: str, dtype: t
 
 
 def test_w4a16_words_hold_four_quarters_of_a_block() -> None:
-    q = torch.arange(256, dtype=torch.int64).mul(7).remainder(16).to(torch.uint8)[None, :200]
-    words = gemm_w4a16.pack(q)[0].to(torch.int32) & 0xFFFF
-    assert words.shape == (64,)
-    for k in range(256):
-        nibble = int(words[k // 128 * 32 + k % 32]) >> 4 * (k % 128 // 32) & 15
-        assert nibble == (int(q[0, k]) if k < 200 else 0), k
+    row = torch.arange(256, dtype=torch.int64).mul(7).remainder(16).to(torch.uint8)[:200]
+    q = torch.stack([row, 15 - row, row // 2])
+    words = gemm_w4a16.pack(q).to(torch.int32) & 0xFFFF
+    assert words.shape == (2, 3, 32)
+    assert words.is_contiguous()
+    for n, k in itertools.product(range(3), range(256)):
+        nibble = int(words[k // 128, n, k % 32]) >> 4 * (k % 128 // 32) & 15
+        assert nibble == (int(q[n, k]) if k < 200 else 0), (n, k)
 
 
 def test_scale_words_hold_the_zero_point_above_the_code() -> None:
@@ -192,6 +194,17 @@ def test_a_split_into_parts_that_are_not_whole_blocks_is_refused() -> None:
         with pytest.raises(ValueError, match="tactic split4 takes K a multiple of 512, got K = 640"):
             use(problem, "split4", INTERPRETER)
     assert gemm_w4a16.workspace(problem, "whole", INTERPRETER) == 0
+
+
+@pytest.mark.parametrize(("m", "n", "want"), [
+    (64, 12288, ("split4", "whole", "decoded")),  # 96 tiles of 64 x 128: 96, 192 and 384 programs fill 73, 73 and 97 % of 132s
+    (65, 12288, ("whole", "split4", "decoded")),  # one row of tiles of 128 x 128: as many
+    (256, 12288, ("whole", "split4", "decoded")), (512, 12288, ("whole", "split2", "decoded")),  # 192 programs, 384 in two parts
+    (256, 16896, ("whole", "decoded")),  # 132 tiles
+    (513, 12288, ("whole", "decoded")), (1023, 12288, ("whole", "decoded")), (1024, 12288, ("decoded", "whole")),
+])
+def test_w4a16_splits_few_rows_and_offers_to_split_some_more(m: int, n: int, want: tuple[str, ...]) -> None:
+    assert gemm_w4a16.tactics_of(m, n, 12288, MACHINES[9, 0]) == want
 
 
 def far_apart(stride: int, rows: int, width: int) -> torch.Tensor:

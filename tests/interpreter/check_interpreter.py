@@ -26,9 +26,13 @@ from contextlib import ExitStack, contextmanager
 from functools import cache
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from bit_cases import CASES, codec_faults, division_faults
+import triton
+import triton.language as tl
+from bit_cases import CASES, TIES, codec_faults, division_faults, tie_faults
+from ptx_text import executed
 
 from lowbit.conformance.op import make_problem
 from lowbit.conformance.ops import ops
@@ -38,8 +42,11 @@ from lowbit.conformance.verdict import PASSING, Status, Verdict
 from lowbit.conformance.worker import Worker
 from lowbit.kernels.triton import MODULES
 from lowbit.kernels.triton_room import svdquant_quantize as svdquant
+from lowbit.kernels.triton_room.division import reciprocal
 from lowbit.kernels.triton_room.machine import INTERPRETER, MACHINES, Machine
+from lowbit.references.formats import E2M1
 from lowbit.references.interpret import segments
+from lowbit.references.rounding import Overflow, Rounding, encode
 
 HERE = Path(__file__).parent
 
@@ -88,6 +95,56 @@ def test_codecs_are_the_references_on_a_million_values_and_every_tie() -> None:
 
 def test_short_divisions_are_ieee() -> None:
     assert division_faults("cpu", 1_000_000) == []
+
+
+@pytest.mark.parametrize(("variant", "form"), TIES)
+def test_codes_and_scales_at_every_tie_and_beside_it(variant: str, form: int) -> None:
+    assert tie_faults("cpu", variant, form) == []
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def lesser_reciprocal(b, PTX: tl.constexpr):  # type: ignore[no-untyped-def]
+    """As little as `near_reciprocal` may give."""
+    return reciprocal(b) * 0.9999995231628418  # 1 - 2^-21
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def greater_reciprocal(b, PTX: tl.constexpr):  # type: ignore[no-untyped-def]
+    """As much as `near_reciprocal` may give."""
+    return reciprocal(b) * 1.000000476837158  # 1 + 2^-21
+
+
+@pytest.mark.parametrize(("variant", "form"), [("nvfp4", 1), ("int4", 2)])
+@pytest.mark.parametrize("near", [lesser_reciprocal, greater_reciprocal], ids=["lesser", "greater"])
+def test_ties_do_not_depend_on_the_near_reciprocal(monkeypatch: pytest.MonkeyPatch, variant: str, form: int, near: Any) -> None:
+    """A device approximates it; the bits of the outputs are those of any within 2^-21."""
+    monkeypatch.setattr(svdquant, "near_reciprocal", near)
+    assert tie_faults("cpu", variant, form) == []
+
+
+@pytest.mark.parametrize("text", [svdquant.AWAY_80.value, svdquant.AWAY_86.value], ids=["sm_80", "sm_86"])
+def test_the_ptx_of_e2m1_codes_is_the_reference(text: str) -> None:
+    """In each of eight places every finite binary16 number, the binary32 numbers beside it, and larger ones."""
+    numbers = np.arange(1 << 16, dtype=np.uint16).view(np.float16).astype(np.float32)
+    numbers = numbers[np.isfinite(numbers)]
+    beside = (np.nextafter(numbers, np.float32(np.inf)), np.nextafter(numbers, np.float32(-np.inf)))
+    y = np.concatenate([numbers, *beside, numbers * np.float32(2.0**100), numbers * np.float32(2.0**-20)])
+    codes = encode(y.astype(np.float64) * 2.0**14, E2M1, Rounding.RNA, Overflow.SATFINITE).astype(np.uint32)
+    columns = [np.roll(np.arange(y.size), 7919 * place) for place in range(8)]
+    found = executed(text, [y[column].view(np.uint32) for column in columns])
+    for place, column in enumerate(columns):
+        assert ((found >> np.uint32(4 * place)) & 15 == codes[column]).all(), place
+
+
+def test_the_ptx_of_int4_codes_packs_every_pair() -> None:
+    numbers = np.arange(-7, 8, dtype=np.int64)
+    first, second = (n.reshape(-1) for n in np.meshgrid(numbers, numbers))
+    magic = 0x4B400008  # 1.5 * 2^23 + 8
+    word = (((magic + second) * 16 + magic + first) % (1 << 32)).astype(np.uint32)
+    places = [np.roll(np.arange(word.size), 31 * place) for place in range(4)]
+    found = executed(svdquant.WHOLE.value, [word[place] for place in places])
+    for byte, place in enumerate(places):
+        assert ((found >> np.uint32(8 * byte)) & 255 == ((first[place] & 15) | (second[place] & 15) << 4)).all(), byte
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -173,7 +230,8 @@ def operands(k: int, splits: int, rows: int) -> dict[str, Any]:
     """x of zeros, smooth and lora_down of ones, and outputs."""
     ones = torch.ones((k, 16), dtype=torch.bfloat16).view(torch.int16)
     return {
-        "x": torch.zeros((rows, k), dtype=torch.int16), "smooth": ones[:, 0].contiguous(), "inverse": torch.ones(k),
+        "x": torch.zeros((rows, k), dtype=torch.int16), "smooth": ones[:, 0].contiguous(),
+        "inverse": svdquant.inverses(ones[:, 0].contiguous(), form=2),
         "down": ones, "q": torch.zeros((256, k // 2), dtype=torch.uint8),
         "scales": torch.zeros((k // 16, 256), dtype=torch.uint8), "act": torch.zeros((256, 16)),
         "parts": torch.zeros((splits, 256, 16)) if splits > 1 else None,
@@ -262,18 +320,27 @@ def facts(capability: int, variant: str, fast: int) -> dict[str, int]:
     return found
 
 
+LONGEST = {"nvfp4": 8 * 64, "int4": 11 * 64}
+"""Instructions that the loop on sm_90 may have for 64 elements."""
+
+
 @pytest.mark.parametrize("variant", ["nvfp4", "int4"])
 @pytest.mark.parametrize("capability", [10 * major + minor for major, minor in MACHINES])
 def test_the_compiled_kernel_keeps_every_rounding(capability: int, variant: str) -> None:
-    """No subnormal is flushed, products meet the matrix unit, on sm_90 that of the warp group, offsets have 64 bits. Without the
-    fast divisions every quotient is IEEE and nothing is contracted; with them the general ones are still there."""
+    """No subnormal is flushed but by the near reciprocal of a scale, products meet the matrix unit, on sm_90 that of the warp
+    group, offsets have 64 bits. Without the fast tile every quotient is IEEE and nothing is contracted; with it the general ones
+    are still there. On sm_90 its loop is short, and codes stay in the threads that loaded them."""
     general, fast = facts(capability, variant, 0), facts(capability, variant, 1)
-    assert (general["approximate"], general["fma"]) == (0, 0)
+    assert (general["approximate"], general["fma"], general["ftz"]) == (0, 0, 0)
     assert general["ieee"] > 0
     assert fast["fma"] > 0
     assert fast["ieee"] >= general["ieee"]
+    assert fast["ftz"] == fast["approximate"] > 0
     for found in (general, fast):
-        assert found["ftz"] == 0
         assert found["wgmma" if capability == 90 else "mma"] > 0
         assert found["mma" if capability == 90 else "wgmma"] == 0
         assert found["wide_offsets"] > 0
+    if capability == 90:
+        assert general["loop"] == 0
+        assert 0 < fast["loop"] <= LONGEST[variant]
+        assert fast["detours"] == 0

@@ -3,9 +3,9 @@ instructions that came out.
 
 Decides: which builds are made (`BUILDS`) and what each must contain in PTX: the matrix instruction of its operands, on sm_90 on
 the warp-group path and none of the narrower one, the rounding that its declaration names, and no more shared memory or registers
-than a multiprocessor has; on sm_90, for which the tiles were tuned, no register is spilled either (on the others spills are
-printed: nothing says that these tiles are fast there). Refuses: to run anything. Prints the facts of every build and ends with 1
-where an assertion failed, 0 otherwise.
+than a multiprocessor has; where weights are to be decoded behind matrix instructions, that ptxas lets them overlap; on sm_90, for
+which the tiles were tuned, no register is spilled either (on the others spills are printed: nothing says that these tiles are
+fast there). Refuses: to run anything. Prints the facts of every build and ends with 1 where an assertion failed, 0 otherwise.
 
     python tests/interpreter/compile_gemms.py [--json F]
 """
@@ -25,6 +25,7 @@ from typing import Any
 
 import triton
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
 from lowbit.kernels.triton_room import gemm_16bit, gemm_int4, gemm_nvfp4, gemm_w4a8_int8, gemm_w4a16, gemm_w8a8_fp8
@@ -39,8 +40,9 @@ SHARED = {80: 163 << 10, 89: 99 << 10, 90: 227 << 10}
 
 @dataclass(frozen=True, slots=True)
 class Build:
-    """One compilation. `wants` and `lacks`: expressions over PTX. `capability`: 10 major + minor. Pointers, sizes and strides are
-    multiples of 16, as the run-time finds them on ordinary shapes."""
+    """One compilation. `wants` and `lacks`: expressions over PTX. `capability`: 10 major + minor. `overlaps`: ptxas is to leave
+    matrix instructions in flight where the PTX does. Pointers, sizes and strides are multiples of 16, as the run-time finds them
+    on ordinary shapes."""
 
     kernel: Any
     signature: Mapping[str, str]
@@ -50,6 +52,7 @@ class Build:
     wants: tuple[str, ...]
     lacks: tuple[str, ...]
     capability: int
+    overlaps: bool
 
 
 def capability_of(machine: Machine) -> int:
@@ -65,14 +68,15 @@ def unit(total: str, operand: str, depth: int, machine: Machine) -> str:
 
 def build(
     kernel: Any, signature: Mapping[str, str], meta: Mapping[str, Any], shape: Any, machine: Machine, wants: tuple[str, ...],
-    *, copied: bool = False,
+    *, copied: bool = False, overlaps: bool = False,
 ) -> Build:
-    """`copied`: on sm_90 tiles come by the copy engine."""
+    """`copied`: on sm_90 tiles come by the copy engine. `overlaps`: as in Build, on sm_90."""
     if machine is HOPPER:
         lacks, wants = (r"mma\.sync",), (*wants, r"cp\.async\.bulk\.tensor") if copied else wants
     else:
         lacks = (r"wgmma",)
-    return Build(kernel, signature, meta, shape.warps, shape.stages, wants, lacks, capability_of(machine))
+    overlaps = overlaps and machine is HOPPER
+    return Build(kernel, signature, meta, shape.warps, shape.stages, wants, lacks, capability_of(machine), overlaps)
 
 
 def w8a8(
@@ -91,7 +95,8 @@ def dense(rank: int, shape: gemm_16bit.Tile, epilogue: str, machine: Machine = H
     meta = gemm_16bit.meta(rank=rank, epilogue=epilogue, alpha=rank > 0, bias="bias", operands_bf16=True, bf16=True, native=True,
                            described=True, fault="", tile=shape)
     signature = gemm_16bit.signature(operands_bf16=True, described=True, tile=shape)
-    return build(gemm_16bit.gemm_16bit, signature, meta, shape, machine, (unit("f32", "bf16", 16, machine),), copied=True)
+    wants = (unit("f32", "bf16", 16, machine),)
+    return build(gemm_16bit.gemm_16bit, signature, meta, shape, machine, wants, copied=True, overlaps=True)
 
 
 def nvfp4_fused(machine: Machine = HOPPER) -> Build:
@@ -114,14 +119,14 @@ def w4a16(m: int, machine: Machine = HOPPER, *, bf16: bool) -> Build:
     shape = gemm_w4a16.tile_of(m, machine)
     splits = gemm_w4a16.splits_of(m, 14336, 12288, machine)
     meta = gemm_w4a16.meta(splits=splits, variant="zp", k=12288, g=128, bias="nobias", bf16=bf16, native=True, ptx=True,
-                           described=True, fault="", tile=shape)
+                           described=shape.described, fault="", tile=shape)
     kind = "bf16" if bf16 else "f16"
     # the weight is rounded once, by the multiplication of its format, and on sm_90 comes from registers
     wants: tuple[str, ...] = (unit("f32", kind, 16, machine), rf"mul\.(?:rn\.)?{kind}(?:x2)?\s", r"lop3\.b32")
     if machine is HOPPER:
         wants = (*wants, r"cp\.async\.ca\.shared\.global")
-    signature = gemm_w4a16.signature(bf16=bf16, described=True, splits=splits, tile=shape)
-    return build(gemm_w4a16.w4a16_gemm, signature, meta, shape, machine, wants)
+    signature = gemm_w4a16.signature(bf16=bf16, described=shape.described, splits=splits, tile=shape)
+    return build(gemm_w4a16.w4a16_gemm, signature, meta, shape, machine, wants, overlaps=True)
 
 
 def w4a8(machine: Machine = HOPPER) -> Build:
@@ -137,7 +142,8 @@ BUILDS = {
     "w8a8 fnuz as f16": w8a8("f16", "decoded", fnuz=True),
     "nvfp4 decoded": dense(128, gemm_16bit.tile_of(4352, HOPPER), "svdquant"), "nvfp4 fused": nvfp4_fused(),
     "int4 as int8": int4("int8"), "int4 as e4m3": int4("fp8"), "int4 fused": int4("packed"),
-    "w4a16 one row": w4a16(1, bf16=True), "w4a16 64 rows": w4a16(64, bf16=False), "w4a16 512 rows": w4a16(512, bf16=True),
+    "w4a16 one row": w4a16(1, bf16=True), "w4a16 32 rows": w4a16(32, bf16=True), "w4a16 64 rows": w4a16(64, bf16=False),
+    "w4a16 128 rows": w4a16(128, bf16=False), "w4a16 512 rows": w4a16(512, bf16=True),
     "w4a16 decoded": dense(0, gemm_w4a16.DECODED, "plain"), "w4a8": w4a8(),
     # sm_80 has no e4m3 unit; tiles are those of sm_90
     "w8a8 as f16, sm_80": w8a8("f16", "decoded", AMPERE),
@@ -172,6 +178,17 @@ def listed(tool: str, cubin: bytes, *options: str) -> str:
         return subprocess.run([TOOLS / tool, *options, file.name], check=True, capture_output=True, text=True).stdout
 
 
+def serialised(ptx: str, capability: int) -> bool:
+    """Whether ptxas says (C7510 and its kin) that it makes the matrix instructions of a kernel wait for one another."""
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder, "kernel.ptx")
+        source.write_text(ptx, encoding="utf-8")
+        said = subprocess.run(
+            [get_ptxas(capability).path, "-v", f"--gpu-name=sm_{capability}a", source, "-o", Path(folder, "kernel.cubin")],
+            check=True, capture_output=True, text=True)
+    return "instructions are serialized" in said.stdout + said.stderr
+
+
 def compiled(name: str, build: Build) -> Facts:
     names = build.kernel.arg_names
     source = ASTSource(
@@ -188,6 +205,7 @@ def compiled(name: str, build: Build) -> Facts:
     missing += [f"{lack} is in PTX" for lack in build.lacks if re.search(lack, ptx)]
     missing += [f"{found.metadata.shared} bytes of shared memory"] if found.metadata.shared > SHARED[build.capability] else []
     missing += [f"{spills} loads and stores of spilled registers"] if spills and build.capability == 90 else []
+    missing += ["matrix instructions in flight"] if build.overlaps and serialised(ptx, build.capability) else []
     return Facts(name, build.capability, int(registers[1]) if registers else 0, spills, found.metadata.shared, tuple(missing))
 
 
@@ -200,7 +218,7 @@ def main(arguments: list[str]) -> int:
         print(f"{found.name:<24} {found.registers:>3} registers, {found.spills:>2} spills, {found.shared_bytes:>6} bytes shared"
               + "".join(f"; MISSING {what}" for what in found.missing))
     chips = ", ".join(f"sm_{capability}" for capability in SHARED)
-    print(f"{len(facts)} builds for {chips}: compiled, never executed on a device")
+    print(f"{len(facts)} builds for {chips}: compiled, not executed here")
     if given.json:
         given.json.write_text(json.dumps([asdict(found) for found in facts]), encoding="utf-8")
     return int(any(found.missing for found in facts))

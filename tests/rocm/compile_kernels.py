@@ -2,7 +2,7 @@
 
 Decides: problems whose launches are caught and compiled, each with the matrix opcode that its code must hold and the local memory
 that it must fit. The host code runs as on the chip; where it would launch, the kernel is compiled to hsaco with the arguments it
-was given. Refuses: to run kernels; every line ends in `compiled, never executed on a device`. Needs triton and torch, and no GPU.
+was given. Refuses: to run kernels; every line ends in `compiled, not executed on this machine`. Needs triton and torch, no GPU.
 
     python tests/rocm/compile_kernels.py [--only TEXT] [--chip CHIP] [--json FILE] [--branches FILE]
 """

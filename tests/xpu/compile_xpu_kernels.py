@@ -2,7 +2,7 @@
 
 Decides: chips and builds, that int8 products are dp4a (four products and three additions in one instruction), that nothing is
 fused, that no call is left open, and that quotients are the correctly rounded sequence. Refuses: to run anything; every line ends
-in `compiled, never executed on a device`. ocloc comes from the Debian package intel-opencl-icd: what is installed, or, with
+in `compiled, not executed on this machine`. ocloc comes from the Debian package intel-opencl-icd: what is installed, or, with
 --fetch, what `apt-get download` brings, unpacked into a folder and not installed.
 
     python tests/xpu/compile_xpu_kernels.py [--fetch FOLDER] [--room FOLDER] [--json FILE]
