@@ -155,8 +155,8 @@ def wrong(spread: Callable[..., list[Any]], jobs: Sequence[tuple[str, Any]]) -> 
 
 ROWS = {16: 40, 32: 72, 64: 100, 128: 140, 256: 300}
 """Tokens of a tile -> M: more than one tile, the last one not full."""
-DEALT = (("early", "late", 3, 3, True), ("late", "early", 4, 6, True), ("either", "either", 5, 5, False))
-"""As MACHINES: with workers of one block and of two, numbers of them that do not divide those of the tiles."""
+DEALT = (("early", "late", 3, 10, True), ("late", "early", 4, 7, True), ("either", "either", 5, 5, False))
+"""As MACHINES. On the first two every tactic cuts tiles; on the last, workers of two blocks have whole ones."""
 
 
 @pytest.mark.parametrize("group", [64, 128])
@@ -185,13 +185,16 @@ def test_w4a8_with_k_dealt_out(spread: Callable[..., list[Any]], variant: str, g
     """Through the backend's own door: its scratch memory, its declaration. Sums that nothing rounds leave one value for every bit
     of D; the others have an interval."""
     jobs: list[tuple[str, Any]] = []
-    tokens = {name: tactic.tokens for name, tactic in gemm_w4a8.TACTICS.items() if tactic.stream}
-    tokens |= {name: tactic.tokens for name, tactic in gemm_w4a8_f16.TACTICS.items()}
-    for name, most in tokens.items():
-        m = most - 3 if name in gemm_w4a8_f16.TACTICS else most + 9  # one tile, or two of which the last is not full
+    tiles = {name: (tactic.tokens, tactic.bands, tactic.stream) for name, tactic in gemm_w4a8.TACTICS.items() if tactic.stream}
+    tiles |= {name: (tactic.tokens, 4, tactic.cluster) for name, tactic in gemm_w4a8_f16.TACTICS.items()}
+    for name, (tokens, bands, cluster) in tiles.items():
+        m, n = tokens - 3 if name in gemm_w4a8_f16.TACTICS else tokens + 9, 328  # of these f16 takes no more than one tile
         if not gemm_w4a8.takes(name, variant, m, 1280, group, False):
             continue
-        start = f"gemm_w4a8_fp8/{variant}/m{m}n328"
+        count = -(-m // tokens) * -(-n // (64 * bands * cluster))
+        for machine in DEALT[:2]:  # a worker has four blocks of 128 k or more: at most two have a tile of 1280
+            assert count % min(machine[3] // cluster, 2 * count), "no tile is cut"
+        start = f"gemm_w4a8_fp8/{variant}/m{m}n{n}"
         odd = {64: 1216, 128: 1152}[group]
         jobs += [(f"{start}k1280g{group}/f16.bias/exactw11/s1", run_of(name, machine)) for machine in DEALT[:2]]
         jobs += [(f"{start}k{odd}g{group}/bf16/{pattern}/s2", run_of(name, DEALT[2])) for pattern in ("exactw14", "normal")]
