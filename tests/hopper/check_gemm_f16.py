@@ -29,7 +29,7 @@ from lowbit.conformance.ops import ops
 from lowbit.kernels.hopper_room import gemm_w4a8_f16 as room
 from lowbit.references.dot import Operand
 from lowbit.references.formats import E4M3FN, INT4, decode
-from lowbit.references.interpret import Factor, bound
+from lowbit.references.interpret import Environment, Factor, bound
 
 sys.path.insert(0, str(Path(__file__).parent / "emulator"))
 import emulated
@@ -210,6 +210,7 @@ def test_nan_stays_in_its_row_and_column(tactic: str, group: int) -> None:
     given.scales[5, k // group - 1], given.scales[n - 1, 0] = 0x7F, 0xFF
     given.codes[:, 77], given.codes[n - 1] = 0, 0
     groups = (np.nan_to_num(E4M3[given.a])[:, None, :] * value(given.codes)[None]).reshape(m, n, -1, group).sum(axis=3)
+    assert given.token is not None
     total = (groups * E4M3[given.scales]).sum(axis=2) * given.token[:, None] * given.channel + given.bias
     total[[m - 3, m - 1]], total[:, [5, n - 1]] = np.nan, np.nan
     got = product(tactic, group, given, Machine(EITHER, EITHER, m, 3))
@@ -269,11 +270,11 @@ def test_other_sums_lie_in_the_declared_interval(tactic: str, group: int) -> Non
         a = rng.integers(0, 0x7F, (m, k), dtype=np.uint8)
         a |= rng.integers(0, 2, (m, k), dtype=np.uint8) << 7 if kind == 0 else 0
         if kind == 1:
-            a = 0x50 | a & 0xF
+            a = a & np.uint8(0xF) | np.uint8(0x50)
         codes = rng.integers(1 if kind == 1 else 0, 8 if kind == 1 else 16, (n, k), dtype=np.uint8)
         scales = rng.integers(1, 0x7F, (n, k // group), dtype=np.uint8)
         found = parse_problem(f"gemm_w4a8_fp8/exact/m{m}n{n}k{k}g{group}/bf16", ops())
-        environment = {
+        environment: Environment = {
             "a": Operand(a, E4M3FN), "w": Operand(codes, INT4), "group_scale": Factor(E4M3[scales], "n", grouped=True),
             "token_scale": Factor(np.ones(m), "m"), "channel_scale": Factor(np.ones(n), "n"),
         }
