@@ -172,6 +172,26 @@ def problem(text: str, check: bool = True) -> Problem:
     return parse_problem(text, ops(), check=check)
 
 
+def taking(found: Problem) -> list[str]:
+    """All that take a problem, candidates among them."""
+    sizes = (found.dim("m"), found.dim("k"), found.dim("g"))
+    names = (*room.TACTICS, *half_precision.TACTICS)
+    return [name for name in names if room.takes(name, found.variant, *sizes, found.op == room.OPS[1])]
+
+
+def test_a_candidate_is_listed_once_it_is_dispatched(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before, certificates and dispatch know tactics alone that declare their bits."""
+    found = problem("gemm_w4a8_fp8/exact/m7n384k1024g64/bf16")
+    names, all_names = room.tactics(found), taking(found)
+    assert len(set(names)) == len(names)
+    assert set(names) == {name for name in all_names if room.declaration(found, name).claim is Claim.BIT_EXACT}
+    assert (len(names), len(all_names)) == (8, 8 + 7 + 5)
+    for name in ("256x8_f16", "256x8_s1"):
+        row = {"variant": "exact", "m": 8, "n": 1 << 31, "k": 1 << 31, "tactic": name}
+        monkeypatch.setattr(room, "_table", lambda row=row: (row,))
+        assert room.tactics(found) == (name, *sorted(names, key=all_names.index))
+
+
 @pytest.mark.parametrize("text", [
     "gemm_w4a8_fp8/folded/m1n128k128g128/bf16", "gemm_w4a8_fp8/exact/m17n384k1024g64/f16.bias",
     "gemm_w4a8_fp8/folded/m4096n73728k12288g128/bf16", "gemm_w4a8_fp8/exact/m0n64k128g128/bf16",
@@ -180,10 +200,7 @@ def problem(text: str, check: bool = True) -> Problem:
 def test_declarations_are_of_the_op_and_exact(text: str) -> None:
     found = problem(text)
     assert room.unsupported(found) is None
-    names = room.tactics(found)
-    assert names
-    assert len(set(names)) == len(names)
-    for name in names:
+    for name in taking(found):
         declared = room.declaration(found, name)
         assert check_declaration(ops()[found.op], found, declared) == ("", "as the contract")
         assert declared.deterministic
@@ -356,10 +373,12 @@ def test_names_say_what_an_instance_is() -> None:
 def test_experts_keep_whole_tiles() -> None:
     """How many tiles there are is on the device: nothing that deals them out takes a grouped product, whatever the table says."""
     for variant in ("folded", "exact"):
-        grouped = room.tactics(problem(f"gemm_w4a8_fp8_grouped/{variant}/e4m64n256k1024g128/bf16"))
+        found = problem(f"gemm_w4a8_fp8_grouped/{variant}/e4m64n256k1024g128/bf16")
+        grouped = room.tactics(found)
         assert grouped
         assert all(name in room.TACTICS and room.TACTICS[name].stream == 0 for name in grouped)
-        dense = room.tactics(problem(f"gemm_w4a8_fp8/{variant}/m64n256k1024g128/bf16"))
+        assert all(name in room.TACTICS and room.TACTICS[name].stream == 0 for name in taking(found))
+        dense = taking(problem(f"gemm_w4a8_fp8/{variant}/m64n256k1024g128/bf16"))
         assert any(room.TACTICS[name].stream for name in dense if name in room.TACTICS)
 
 
