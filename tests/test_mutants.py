@@ -213,7 +213,7 @@ backend = Zero()
 def test_an_all_zero_output_reaches_no_level(tmp_path: Path) -> None:
     path = tmp_path / "zero.py"
     path.write_text(ZERO, encoding="utf-8")
-    report = run.certify(run.Plan(f"python:{path}:backend", level=2, ops=("gemm_nvfp4",), per_op=1))
+    report = run.certify(run.Plan(f"python:{path}:backend", level=2, ops=("gemm_nvfp4",)))
     assert report.level_granted == 0  # it loads
     for verdict in report.verdicts:
         if verdict.lane in ("bounded", "exact", "onehot", "scale") and verdict.status in PASSING:
@@ -226,8 +226,8 @@ def test_an_all_zero_output_reaches_no_level(tmp_path: Path) -> None:
 def test_thirteen_bits_in_unknown_order_do_not_reach_l2() -> None:
     """Honest, and too loose to be told from silence on some cases; one shape of the fingerprint is refused, so nothing finer is
     known of it."""
-    report = run.certify(run.Plan("mutant:lowest_code_saturates,healed", level=2, ops=("gemm_w4a8_fp8",), per_op=1))
-    assert report.level_granted == 1
+    report = run.certify(run.Plan("mutant:lowest_code_saturates,healed", level=2, ops=("gemm_w4a8_fp8",)))
+    assert report.level_granted == 0
     others = {verdict.status for verdict in report.verdicts if verdict.status not in PASSING}
     assert others == {Status.UNTRUSTED, Status.UNSUPPORTED}
 

@@ -88,7 +88,7 @@ class _Function:
     text: str
 
 
-class _Naming(yaml.SafeLoader):
+class _Naming(yaml.SafeLoader):  # type: ignore[misc]  # PyYAML has no types
     """Reads `!function` as a name."""
 
 
