@@ -20,16 +20,19 @@ import numpy as np
 import pytest
 import torch
 
-from lowbit.conformance.backend import TensorView
+from lowbit.conformance.backend import Order, TensorView
 from lowbit.conformance.bounds import check_declaration
 from lowbit.conformance.case import Problem
-from lowbit.conformance.op import Role, parse_problem, tensors_of
+from lowbit.conformance.op import Role, parse_case, parse_problem, tensors_of
 from lowbit.conformance.ops import ops
+from lowbit.conformance.patterns import draw_operands
 from lowbit.kernels.hopper_room import gemm_w4a8 as room
+from lowbit.kernels.hopper_room import gemm_w4a8_f16 as half_precision
 from lowbit.kernels.hopper_room.build import ROOM
-from lowbit.references.declarations import Claim, Contraction
+from lowbit.references.declarations import Claim, Contraction, Declaration
+from lowbit.references.dot import Operand
 from lowbit.references.formats import E4M3FN, INT4, decode
-from lowbit.references.interpret import segments
+from lowbit.references.interpret import Factor, bound, emulate, segments
 
 SHIM = r"""
 #pragma once
@@ -110,9 +113,7 @@ def code_at(block: np.ndarray, row: int, k: int) -> int:
     lane, byte = 4 * pair + rest // 4, rest % 4
     thread, run, word = 32 * warp + lane, step // 2, 2 * (step % 2) + lower
     bits = int.from_bytes(block[2048 * run + 16 * thread + 4 * word :][:4].tobytes(), "little")
-    magnitude = bits >> (4 * (4 * far + byte)) & 7
-    sign = bits >> (8 * byte + (3 if far else 7)) & 1
-    return magnitude | sign << 3
+    return (bits >> (4 * (4 * far + byte)) & 15) ^ 8  # value + 8 to two's complement
 
 
 @pytest.mark.parametrize(("experts", "n", "k", "group"), [
@@ -171,6 +172,26 @@ def problem(text: str, check: bool = True) -> Problem:
     return parse_problem(text, ops(), check=check)
 
 
+def taking(found: Problem) -> list[str]:
+    """All that take a problem, candidates among them."""
+    sizes = (found.dim("m"), found.dim("k"), found.dim("g"))
+    names = (*room.TACTICS, *half_precision.TACTICS)
+    return [name for name in names if room.takes(name, found.variant, *sizes, found.op == room.OPS[1])]
+
+
+def test_a_candidate_is_listed_once_it_is_dispatched(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before, certificates and dispatch know tactics alone that declare their bits."""
+    found = problem("gemm_w4a8_fp8/exact/m7n384k1024g64/bf16")
+    names, all_names = room.tactics(found), taking(found)
+    assert len(set(names)) == len(names)
+    assert set(names) == {name for name in all_names if room.declaration(found, name).claim is Claim.BIT_EXACT}
+    assert (len(names), len(all_names)) == (8, 8 + 7 + 5)
+    for name in ("256x8_f16", "256x8_s1"):
+        row = {"variant": "exact", "m": 8, "n": 1 << 31, "k": 1 << 31, "tactic": name}
+        monkeypatch.setattr(room, "_table", lambda row=row: (row,))
+        assert room.tactics(found) == (name, *sorted(names, key=all_names.index))
+
+
 @pytest.mark.parametrize("text", [
     "gemm_w4a8_fp8/folded/m1n128k128g128/bf16", "gemm_w4a8_fp8/exact/m17n384k1024g64/f16.bias",
     "gemm_w4a8_fp8/folded/m4096n73728k12288g128/bf16", "gemm_w4a8_fp8/exact/m0n64k128g128/bf16",
@@ -179,16 +200,57 @@ def problem(text: str, check: bool = True) -> Problem:
 def test_declarations_are_of_the_op_and_exact(text: str) -> None:
     found = problem(text)
     assert room.unsupported(found) is None
-    names = room.tactics(found)
-    assert names
-    assert len(set(names)) == len(names)
-    for name in names:
+    for name in taking(found):
         declared = room.declaration(found, name)
         assert check_declaration(ops()[found.op], found, declared) == ("", "as the contract")
-        assert declared.claim is Claim.BIT_EXACT
         assert declared.deterministic
-        assert declared.batch_invariant
-        assert room.workspace(found, name) == 0
+        if name in half_precision.TACTICS:
+            continue
+        whole = not room.TACTICS[name].stream
+        assert declared.claim is (Claim.BIT_EXACT if whole else Claim.BOUNDED)
+        assert declared.batch_invariant is whole
+        assert (room.workspace(found, name) == 0) is (whole or found.dim("m") == 0)
+
+
+def test_tiles_that_are_dealt_out_are_declared_so() -> None:
+    """folded: any order of k. exact: a group's sum in order, the sums of groups in any."""
+    for variant, orders in (("folded", (Order.UNKNOWN, Order.ASCENDING)), ("exact", (Order.ASCENDING, Order.UNKNOWN))):
+        for name, tactic in room.TACTICS.items():
+            found = problem(f"gemm_w4a8_fp8/{variant}/m9n64k1024g64/bf16")
+            main = room.declaration(found, name).program[0]
+            assert isinstance(main, Contraction)
+            got = (main.order, main.reduction_order)
+            assert got == (orders if tactic.stream else (Order.ASCENDING, Order.ASCENDING)), (variant, name)
+
+
+@pytest.mark.parametrize("variant", ["folded", "exact"])
+def test_the_interval_of_dealt_out_tiles_holds_every_cut(variant: str) -> None:
+    """K of 6 blocks of 128, cut at every set of blocks, the datapath emulated part by part and added in f32: all of 32 results
+    lie in the interval that is declared, and not all of them are the same."""
+    case = parse_case(f"gemm_w4a8_fp8/{variant}/m3n16k768g128/f16/normal/s1", ops())
+    operands = draw_operands(ops()[case.problem.op], case)
+    declared = room.declaration(case.problem, "256x8_s1")
+    uncut = room.declaration(case.problem, "128x16_k1x1")
+    environment = ops()[case.problem.op].environment
+    assert environment is not None
+    given = environment(case.problem, operands)
+    held, seen = bound(declared, given), set()
+    for number in range(32):
+        ends = [128 * block for block in range(1, 6) if number >> (block - 1) & 1] + [768]
+        sums = np.zeros(())
+        for start, stop in zip([0, *ends], ends, strict=False):
+            part = {
+                name: Operand(item.codes[:, start:stop], item.format) if isinstance(item, Operand)
+                else Factor(item.values[..., start // 128 : -(-stop // 128)], item.axis, True) if item.grouped else item
+                for name, item in given.items()
+            }
+            sums = (sums + emulate(Declaration(uncut.program[:1]), part).lo).astype(np.float32).astype(np.float64)
+        token, channel = (np.asarray(given[name].values, dtype=np.float32) for name in ("token_scale", "channel_scale"))
+        scaled = (sums.astype(np.float32) * token.reshape(-1, 1)) * channel.reshape(1, -1)
+        got = scaled.astype(np.float16).astype(np.float64)
+        assert ((held.lo <= got) & (got <= held.hi)).all(), ends
+        seen.add(sums.tobytes())
+    assert len(seen) > 1
 
 
 @pytest.mark.parametrize("variant", ["folded", "exact"])
@@ -198,7 +260,7 @@ def test_parts_of_k_are_the_declared_ones(variant: str, group: int) -> None:
     seen, code = set(), int(variant == "exact")
     for k in range(group, 128 * 40, group):
         for name, tactic in room.TACTICS.items():
-            if not room.takes(tactic, variant, k, group):
+            if tactic.stream or not room.takes(name, variant, 1, k, group, False):
                 continue
             found = problem(f"gemm_w4a8_fp8/{variant}/m1n64k{k}g{group}/bf16")
             contraction = room.declaration(found, name).program[0]
@@ -210,7 +272,7 @@ def test_parts_of_k_are_the_declared_ones(variant: str, group: int) -> None:
             assert judge == kernel
             assert all(stop > start for start, stop in kernel)
             seen.add(tactic.parts)
-    mine = (macros for _, macros, _ in room.UNITS if macros.get("EXACT") == code)
+    mine = (macros for _, macros, _ in room.UNITS if macros.get("EXACT") == code and not macros["STREAM"])
     assert seen == {int(macros["SPLITS"]) * int(macros["HALVES"]) for macros in mine}
 
 
@@ -268,7 +330,7 @@ def test_table_covers_every_shape_and_follows_its_sweep() -> None:
             for n in (8, 64, 4096, 12288, 1 << 20):
                 for k in (64, 128, 192, 1024, 12288, 36864):
                     group = 128 if k % 128 == 0 else 64
-                    assert room.takes(room.TACTICS[room.dispatch(variant, m, n, k, group)], variant, k, group)
+                    assert room.takes(room.dispatch(variant, m, n, k, group, True), variant, m, k, group, True)
 
 
 @pytest.mark.parametrize("variant", ["folded", "exact"])
@@ -280,10 +342,10 @@ def test_stages_fill_but_fit_shared_memory(variant: str, group: int) -> None:
 
         def taken(number: int, tactic: room.Tactic = tactic) -> int:
             rows = 64 * tactic.bands
-            weights = tactic.depth * (rows * 64 + rows * (128 // group))
-            places = number * tactic.halves * (tactic.depth * 128 * tactic.tokens + weights)
-            places += (4096 if variant == "folded" else 0) + 4 * tactic.bands * tactic.tokens
-            places = -(-places // 128) * 128 + tactic.bands * 128 * max(16, min(32, tactic.tokens))
+            places = number * tactic.halves * (128 * tactic.tokens + rows * 64 + rows * (128 // group))
+            places += 4096 if variant == "folded" else 32 * 16
+            outputs = tactic.bands * 128 * max(16, min(32, tactic.tokens))
+            places = -(-places // 128) * 128 + -(-(outputs + tactic.bands * (4 * tactic.tokens + 4)) // 128) * 128
             owned = -(-tactic.tokens // (8 * tactic.splits)) * 8  # tokens that a block adds up
             places += (tactic.splits * tactic.halves - 1) * rows * owned * 4
             return places + 8 * (2 * number + 2 * tactic.bands)
@@ -295,13 +357,37 @@ def test_stages_fill_but_fit_shared_memory(variant: str, group: int) -> None:
 
 def test_names_say_what_an_instance_is() -> None:
     for name, tactic in room.TACTICS.items():
-        found = re.fullmatch(r"(\d+)x(\d+)_k(\d+)x(\d+)", name)
+        found = re.fullmatch(r"(\d+)x(\d+)_(?:k(\d+)x(\d+)|s(\d+))", name)
         assert found
-        assert tuple(map(int, found.groups())) == (64 * tactic.bands, tactic.tokens, tactic.splits, tactic.halves)
+        numbers = tuple(int(text or 1) for text in found.groups())
+        assert numbers == (64 * tactic.bands, tactic.tokens, tactic.splits, tactic.halves, max(1, tactic.stream))
+        assert ("_s" in name) == (tactic.stream > 0)
         assert tactic.splits <= 8  # the portable size of a cluster
+        assert tactic.stream == 0 or tactic.parts == 1  # K is cut in one way
+        assert tactic.stream < 2 or tactic.tokens % (8 * tactic.stream) == 0  # a block copies whole groups of eight rows of A
         assert tactic.bands * tactic.halves <= 4  # warpgroups that registers are shared out to in the source
     assert len(room.UNITS) == len({json.dumps([source, dict(macros)]) for source, macros, _ in room.UNITS})
     assert all((Path(ROOM) / source).is_file() for source, _, _ in room.UNITS)
+
+
+def test_experts_keep_whole_tiles() -> None:
+    """How many tiles there are is on the device: nothing that deals them out takes a grouped product, whatever the table says."""
+    for variant in ("folded", "exact"):
+        found = problem(f"gemm_w4a8_fp8_grouped/{variant}/e4m64n256k1024g128/bf16")
+        grouped = room.tactics(found)
+        assert grouped
+        assert all(name in room.TACTICS and room.TACTICS[name].stream == 0 for name in grouped)
+        assert all(name in room.TACTICS and room.TACTICS[name].stream == 0 for name in taking(found))
+        dense = taking(problem(f"gemm_w4a8_fp8/{variant}/m64n256k1024g128/bf16"))
+        assert any(room.TACTICS[name].stream for name in dense if name in room.TACTICS)
+
+
+def test_a_row_of_the_table_that_does_not_take_experts_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    bounds = {"variant": "folded", "m": 1 << 31, "n": 1 << 31, "k": 1 << 31}
+    rows = tuple({**bounds, "tactic": name} for name in ("256x16_s1", "128x16_k1x1"))
+    monkeypatch.setattr(room, "_table", lambda: rows)
+    assert room.dispatch("folded", 5, 64, 1024, 128) == "256x16_s1"
+    assert room.dispatch("folded", 5, 64, 1024, 128, grouped=True) == "128x16_k1x1"
 
 
 def case_of(m: int = 5, n: int = 16, k: int = 256, experts: int = 1, group: int = 128) -> dict[str, torch.Tensor]:
@@ -451,7 +537,8 @@ def test_what_a_launch_is_given(text: str, monkeypatch: pytest.MonkeyPatch) -> N
     (packing, packed_with), (product, given) = calls
     assert (packing, product) == ("pack_weights", "gemm_w4a8_fp8")
     assert packed_with[3:] == (16, 256, experts, group, 0, 0)
-    a, stride, weights, token, channel, bias, d, d_stride, counts, *sizes, half = given
+    a, stride, weights, token, channel, bias, d, d_stride, counts, *sizes, half, scratch, scratch_bytes = given
+    assert (scratch, scratch_bytes) == (None, 0)
     assert a % 16 == 0
     assert a != views["a"].pointer
     assert (stride, d, d_stride) == (256, views["d"].pointer, 19)
@@ -460,6 +547,44 @@ def test_what_a_launch_is_given(text: str, monkeypatch: pytest.MonkeyPatch) -> N
     assert bias == (views["bias"].pointer if "bias" in views else None)
     assert counts == (views["counts"].pointer if "counts" in views else None)
     assert (sizes, half) == ([5, 16, 256, experts], int("f16" in text and "bf16" not in text))
+
+
+@pytest.mark.parametrize("given_memory", [True, False])
+def test_tiles_that_are_dealt_out_get_scratch_memory(given_memory: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """N = 16, K = 1,024: one tile of 8 blocks, at most two workers with two slots each of 256 rows by 16 tokens in f32, and with
+    each slot a counter per 64 rows: 4 (16,384 + 16) bytes. What is not given is allocated."""
+    calls: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(room, "launch", lambda name, function, like, stream, *rest: calls.append(rest))
+    monkeypatch.setattr(room, "check", lambda *_: None)
+    monkeypatch.setattr(room, "_kernel", lambda *_: None)
+    given, size = case_of(k=1024), 4 * (256 * 16 * 4 + 4 * 4)
+    assert room.workspace_bytes("256x16_s1", 5, 16, 1024) == size
+    memory = torch.zeros(size + 32, dtype=torch.uint8)
+    memory = memory[-memory.data_ptr() % 16 :][: size + 16]
+    said = room.gemm_w4a8_fp8(
+        given["a"], packed_of(given), given["token"], given["channel"], given["out"], tactic="256x16_s1",
+        workspace=memory if given_memory else None,
+    )
+    assert said == "gemm_w4a8_folded_256x16_s1"
+    (*_, scratch, scratch_bytes), = calls
+    assert scratch % 16 == 0
+    assert (scratch == memory.data_ptr()) is given_memory
+    assert scratch_bytes == (size + 16 if given_memory else size)
+
+
+@pytest.mark.parametrize(("memory", "said"), [
+    (torch.zeros(65599, dtype=torch.uint8), "a workspace of 65599 elements of torch.uint8, expected 65600 or more"),
+    (torch.zeros(65600, dtype=torch.int8), "of torch.int8, expected"),
+    (torch.zeros(2 * 65600, dtype=torch.uint8)[::2], "contiguous"),
+    (torch.zeros(65601, dtype=torch.uint8)[1:], "at a multiple of 16 bytes"),
+    (torch.zeros(65600, dtype=torch.uint8, device="meta"), "workspace on meta, expected cpu"),
+])
+def test_other_scratch_memory_is_refused(memory: torch.Tensor, said: str) -> None:
+    given = case_of(k=1024)
+    with pytest.raises(ValueError, match="gemm_w4a8_fp8: got .*" + said):
+        room.gemm_w4a8_fp8(
+            given["a"], packed_of(given), given["token"], given["channel"], given["out"], tactic="256x16_s1", workspace=memory,
+        )
 
 
 def test_no_rows_launch_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

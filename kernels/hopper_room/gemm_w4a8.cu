@@ -5,113 +5,71 @@
 // Decides: 64 weight rows are the M side of wgmma, TOKENS rows of A its N side; weights go from int4 to e4m3 in registers
 // through a table of sixteen bytes, activations stay as they are in shared memory. EXACT = 0: the table holds RNE(q s) of the
 // row's group, one sum over K. EXACT = 1: the table holds q, the sum of each group is multiplied into a running f32 total.
-// The SPLITS blocks of a cluster cut K; each cuts its part among HALVES warpgroups per 64 rows. The sums of all parts are added
-// in ascending order. Blocks stay and take tiles in turn; a thread copies, WARPGROUPS warpgroups multiply.
+// A block has BANDS bands of 64 rows and stays: it takes tiles in turn, or (STREAM) an equal share of the blocks of k of those
+// tiles that do not come out even; sums of shared tiles meet in the workspace (gemm_w4a8_tiles.cuh). CLUSTER blocks with
+// neighbouring bands load A once for all. Or the SPLITS blocks of a cluster cut K; each cuts its part among HALVES warpgroups per
+// band. Sums of all parts are added in ascending order. Two threads copy, BANDS x HALVES warpgroups
+// multiply.
 // Refuses nothing: gemm_w4a8.py does.
 //
 // Packed weights (gemm_w4a8_pack.cu): blocks of 64 rows by 128 k, along k first. Bytes 0 to 4095: two runs of 16 bytes per
-// thread of a warpgroup, a word for each 32 k and row (lane / 4, then 8 down): in nibble p the low three bits of the code at k =
-// 4 (lane % 4) + p (p < 4) or 12 + 4 (lane % 4) + p; in bit 8 p + 7 or 8 (p - 4) + 3 its sign. Then the scales of the rows,
-// pairs of rows together.
-#include "sm90.cuh"
-
+// thread of a warpgroup, a word for each 32 k and row (lane / 4, then 8 down): nibble p holds value + 8 at k = 4 (lane % 4) + p
+// (p < 4) or 12 + 4 (lane % 4) + p. Then the scales of the rows, pairs of rows together.
 #ifndef EXACT
-#error "EXACT, GROUP, TOKENS, WARPGROUPS, HALVES, SPLITS, DEPTH and STAGES come from the command line"
+#error "EXACT, GROUP, TOKENS, BANDS, HALVES, SPLITS, CLUSTER, STREAM and STAGES come from the command line"
 #endif
+#include "gemm_w4a8_tiles.cuh"
 
 namespace {
 
-constexpr int SCALE_BYTES = 64 * (128 / GROUP);
-constexpr int BLOCK_BYTES = 4096 + SCALE_BYTES;
-constexpr int TILE_BYTES = TOKENS * 128;     // 128 k of the activations
-constexpr int SUMS = TOKENS / 2;             // per thread
-constexpr int BANDS = WARPGROUPS / HALVES;   // of 64 rows; each has HALVES warpgroups with a part of K each
-constexpr int PARTS = SPLITS * HALVES;       // of K
-constexpr int CHUNK = TOKENS < 32 ? TOKENS : 32;
-constexpr int CHUNK_BYTES = (CHUNK < 16 ? 16 : CHUNK) * 128;
+constexpr int TILE_BYTES = TOKENS * 128;  // 128 k of the activations
+constexpr int PARTS = SPLITS * HALVES;    // of K
+constexpr int BLOCKS = SPLITS * CLUSTER;  // of a cluster
+constexpr int WARPGROUPS = BANDS * HALVES;
 constexpr int THREADS = (WARPGROUPS + 1) * 128;
-constexpr int REGISTERS = WARPGROUPS == 2 ? 224 : WARPGROUPS == 3 ? 152 : 104;
+constexpr bool MANY = SUMS * (1 + EXACT) >= 64;  // registers that hold sums
+constexpr int REGISTERS = WARPGROUPS == 2 ? 224 : WARPGROUPS == 3 ? 152 : MANY ? 112 : 104;
+constexpr int COPYING = WARPGROUPS == 2 ? 56 : WARPGROUPS == 3 ? 40 : MANY ? 32 : 56;  // registers of the copying warpgroup
 constexpr int OVERLAP = TOKENS < 256;                       // a launch may begin while the one before on the stream ends
-constexpr int RASTER = 4;                                   // token tiles that are neighbours in time
 constexpr int EIGHTS = (TOKENS / 8 + SPLITS - 1) / SPLITS;  // groups of eight tokens that a block adds up and stores
 constexpr int SENT = PARTS > 1 ? EIGHTS * 2048 : 0;         // bytes of sums that a warpgroup sends to one block
+constexpr bool AHEAD = STAGES > 4;                           // a stage is waited for a block before it is read
+constexpr int TABLES = EXACT ? 32 : 256;                    // one per lane, or one per scale
 
 constexpr int AT_A = 0;
-constexpr int AT_W = AT_A + STAGES * HALVES * DEPTH * TILE_BYTES;
-constexpr int AT_TABLE = AT_W + STAGES * HALVES * BANDS * DEPTH * BLOCK_BYTES;
-constexpr int AT_SCALE = AT_TABLE + (EXACT ? 0 : 4096);
-constexpr int AT_OUT = (AT_SCALE + BANDS * TOKENS * 4 + 127) / 128 * 128;
-constexpr int AT_SUMS = AT_OUT + BANDS * CHUNK_BYTES;
+constexpr int AT_W = AT_A + STAGES * HALVES * TILE_BYTES;
+constexpr int AT_TABLE = AT_W + STAGES * HALVES * BANDS * BLOCK_BYTES;
+constexpr int AT_EPILOGUE = (AT_TABLE + 16 * TABLES + 127) / 128 * 128;
+constexpr int AT_SUMS = AT_EPILOGUE + EPILOGUE_BYTES;
 constexpr int AT_BARRIERS = AT_SUMS + BANDS * (PARTS - 1) * SENT;
 constexpr int SHARED_BYTES = AT_BARRIERS + 8 * (2 * STAGES + 2 * BANDS);
 static_assert(SHARED_BYTES <= 232448, "a block has 227 KB");
-static_assert(WARPGROUPS % HALVES == 0, "every band of rows has as many warpgroups");
-
-struct Problem {
-  const uint8_t* weights;
-  const float* token_scale;
-  const float* channel_scale;
-  const uint16_t* bias;  // or null
-  uint16_t* d;
-  const int* counts;  // or null: one expert has all rows
-  long long stride;   // of D, in elements
-  int m, n, k_blocks, n_blocks, experts, half, aligned;
-};
-
-struct Tile {
-  long long row;  // first row of A of the expert
-  int expert, count, token, block;  // first token within the expert, first block of 64 weight rows
-};
-
-// Tiles in order: expert, then RASTER token tiles at a time, then blocks of N, tokens fastest. Asked for in ascending order.
-// There are fewer than 2^31: each has a row of A of its own and, where N is beyond 128, no less than 64 columns of D on average,
-// so that so many would need a D of 256 GiB.
-struct Tiles {
-  const Problem& p;
-  long long row = 0;
-  int first = 0, expert = 0, count, across;
-  DEVICE explicit Tiles(const Problem& problem) : p(problem) {
-    count = p.counts == nullptr ? p.m : p.counts[0];
-    across = (p.n_blocks + BANDS - 1) / BANDS;
-  }
-  DEVICE bool find(int index, Tile& tile) {
-    int down = (count + TOKENS - 1) / TOKENS;
-    while (index >= first + across * down) {
-      first += across * down;
-      row += count;
-      if (++expert >= p.experts) return false;
-      count = p.counts[expert];
-      down = (count + TOKENS - 1) / TOKENS;
-    }
-    const int rest = index - first, band = rest / (across * RASTER), within = rest - band * across * RASTER;
-    const int width = min(RASTER, down - band * RASTER), column = within / width;
-    tile.row = row, tile.expert = expert, tile.count = count;
-    tile.token = (band * RASTER + within - column * width) * TOKENS;
-    tile.block = column * BANDS;
-    return true;
-  }
-};
+static_assert(CLUSTER == 1 || (PARTS == 1 && TOKENS % (8 * CLUSTER) == 0), "blocks share A or K, and copy whole groups of rows");
+static_assert(!STREAM || PARTS == 1, "K is cut in one way");
 
 // Eight weights of a word to e4m3: low holds k = 0 to 3 of the thread, high those 16 further. table: bytes of 0 to 7, of -8 to
-// -1.
-DEVICE void expand(uint32_t word, const uint4& table, uint32_t& low, uint32_t& high) {
+// -1. half: 2^16, which the compiler does not know: a shift would run where nearly all of this runs, a product runs elsewhere.
+DEVICE void expand(uint32_t word, const uint4& table, uint32_t half, uint32_t& low, uint32_t& high) {
   const uint32_t places = word & 0x77777777u, shifted = word << 4;
-  uint32_t mask, next;
-  asm("prmt.b32 %0, %1, %1, 0xba98;" : "=r"(mask) : "r"(word));  // signs to whole bytes
-  asm("prmt.b32 %0, %1, %1, 0xba98;" : "=r"(next) : "r"(shifted));
-  uint32_t positive, negative;
+  uint64_t wide;
+  uint32_t mask, next, positive, negative;  // masks: bytes of ones where the value is not negative
+  asm("mul.wide.u32 %0, %1, %2;" : "=l"(wide) : "r"(places), "r"(half));
+  const uint32_t second = (uint32_t)(wide >> 32);
+  asm("prmt.b32 %0, %1, %2, 0xd9c8;" : "=r"(mask) : "r"(shifted), "r"(word));
+  asm("prmt.b32 %0, %1, %2, 0xfbea;" : "=r"(next) : "r"(shifted), "r"(word));
   asm("prmt.b32 %0, %1, %2, %3;" : "=r"(positive) : "r"(table.x), "r"(table.y), "r"(places));
   asm("prmt.b32 %0, %1, %2, %3;" : "=r"(negative) : "r"(table.z), "r"(table.w), "r"(places));
-  asm("lop3.b32 %0, %1, %2, %3, 0xca;" : "=r"(low) : "r"(mask), "r"(negative), "r"(positive));
-  const uint32_t second = places >> 16;
+  asm("lop3.b32 %0, %1, %2, %3, 0xca;" : "=r"(low) : "r"(mask), "r"(positive), "r"(negative));
   asm("prmt.b32 %0, %1, %2, %3;" : "=r"(positive) : "r"(table.x), "r"(table.y), "r"(second));
   asm("prmt.b32 %0, %1, %2, %3;" : "=r"(negative) : "r"(table.z), "r"(table.w), "r"(second));
-  asm("lop3.b32 %0, %1, %2, %3, 0xca;" : "=r"(high) : "r"(next), "r"(negative), "r"(positive));
+  asm("lop3.b32 %0, %1, %2, %3, 0xca;" : "=r"(high) : "r"(next), "r"(positive), "r"(negative));
 }
 
 #if EXACT
 // e4m3 codes of 0 to 7 and of -8 to -1
 constexpr uint4 INTEGERS = {0x44403800u, 0x4E4C4A48u, 0xCACCCED0u, 0xB8C0C4C8u};
+
+DEVICE uint4 table_of(uint32_t) { return INTEGERS; }
 
 DEVICE float scale_value(uint32_t code) {
   const __half_raw raw = __nv_cvt_fp8_to_halfraw((__nv_fp8_storage_t)code, __NV_E4M3);
@@ -134,19 +92,6 @@ DEVICE uint4 table_of(uint32_t code) {
 }
 #endif
 
-DEVICE uint32_t narrow(float first, float second, int half) {
-  if (half) {
-    const __half2 both = __floats2half2_rn(first, second);
-    return *reinterpret_cast<const uint32_t*>(&both);
-  }
-  const __nv_bfloat162 both = __floats2bfloat162_rn(first, second);
-  return *reinterpret_cast<const uint32_t*>(&both);
-}
-
-DEVICE float widen(uint16_t code, int half) {
-  return half ? __half2float(__ushort_as_half(code)) : __uint_as_float((uint32_t)code << 16);
-}
-
 struct Ring {
   int stage = 0;
   uint32_t phase = 0;
@@ -155,48 +100,62 @@ struct Ring {
   }
 };
 
-struct Place {  // of this block in its cluster
-  int split, part;  // `part`: blocks of 128 k in one part of K; the last part has what is left
+struct Span {
+  int begin, blocks;  // of 128 k
 };
 
-// Blocks of 128 k that part `index` of K has left after `done` of them, at most `most`.
-DEVICE int left(const Problem& p, const Place& here, int index, int done, int most) {
-  return max(0, min(most, min(p.k_blocks, (index + 1) * here.part) - index * here.part - done));
+// What part `index` of K has of a segment. Where K has several, segments are whole tiles, and the last part has what is left.
+DEVICE Span span_of(const schedule::Segment& segment, int k_blocks, int index) {
+  if (PARTS == 1) return Span{segment.begin, segment.end - segment.begin};
+  const int each = (k_blocks + PARTS - 1) / PARTS, begin = index * each;
+  return Span{begin, max(0, min(each, k_blocks - begin))};
 }
 
-DEVICE const uint8_t* packed(const Problem& p, const Tile& tile, int band, int k) {
-  const int block = min(tile.block + band, p.n_blocks - 1);  // beyond N: any, nothing is stored
-  return p.weights + (((long long)tile.expert * p.n_blocks + block) * p.k_blocks + k) * BLOCK_BYTES;
-}
+struct Place {  // of this block
+  int worker, rank, split;  // rank: among the bands of the cluster; split: of K
+};
 
+// Fills stage after stage with weights, or with activations: a thread of its own for each, in a warp of its own.
+template <bool WEIGHTS>
 DEVICE void copy_tiles(const Problem& p, const CUtensorMap* map, uint32_t shared, const Place& here) {
   using namespace sm90;
   const uint32_t full = shared + AT_BARRIERS, empty = full + 8 * STAGES;
-  const uint64_t policy = p.m <= TOKENS ? evict_first() : evict_normal();
+  const uint64_t policy = !WEIGHTS ? 0 : p.m <= TOKENS ? evict_first() : evict_normal();
   Ring ring;
-  Tiles tiles(p);
+  Tiles tiles(p, here.rank);
   Tile tile;
-  for (int index = blockIdx.x / SPLITS; tiles.find(index, tile); index += gridDim.x / SPLITS) {
-    const int y = (int)(tile.row + tile.token);
-    for (int done = 0; done < here.part; done += DEPTH) {
+  for (schedule::Walk walk(p.deal, here.worker); tiles.find(walk.tile, tile); walk.next()) {
+    const schedule::Segment segment = walk.segment();
+    const int y = (int)(tile.row + tile.token) + here.rank * (TOKENS / CLUSTER);
+    const int rounds = span_of(segment, p.k_blocks, here.split * HALVES).blocks;  // the first half is never the shorter one
+#pragma unroll 1
+    for (int done = 0; done < rounds; ++done) {
       const uint32_t barrier = full + 8 * ring.stage;
       wait(empty + 8 * ring.stage, ring.phase ^ 1);
-      int whole = 0;
+      int filled = 0;
 #pragma unroll
-      for (int h = 0; h < HALVES; ++h) whole += left(p, here, here.split * HALVES + h, done, DEPTH);
-      if (whole == 0) break;
-      arrive_expect(barrier, whole * (BANDS * BLOCK_BYTES + TILE_BYTES));
+      for (int h = 0; h < HALVES; ++h) filled += done < span_of(segment, p.k_blocks, here.split * HALVES + h).blocks;
+      arrive_expect(barrier, filled * (WEIGHTS ? BANDS * BLOCK_BYTES : TILE_BYTES));
 #pragma unroll
       for (int h = 0; h < HALVES; ++h) {
-        const int part = here.split * HALVES + h, depth = left(p, here, part, done, DEPTH), k = part * here.part + done;
-        if (depth == 0) continue;
+        const Span span = span_of(segment, p.k_blocks, here.split * HALVES + h);
+        if (done >= span.blocks) continue;
+        const int k = span.begin + done;
+        if (WEIGHTS) {
+          const uint8_t* from = packed(p, tile, 0, k);
 #pragma unroll
-        for (int band = 0; band < BANDS; ++band) {
-          copy_bulk(shared + AT_W + ((ring.stage * HALVES + h) * BANDS + band) * DEPTH * BLOCK_BYTES, packed(p, tile, band, k),
-                    depth * BLOCK_BYTES, barrier, policy);
-        }
-        for (int i = 0; i < depth; ++i) {
-          copy_box(shared + AT_A + ((ring.stage * HALVES + h) * DEPTH + i) * TILE_BYTES, map, (k + i) * 128, y, barrier);
+          for (int band = 0; band < BANDS; ++band) {
+            const uint32_t to = shared + AT_W + ((ring.stage * HALVES + h) * BANDS + band) * BLOCK_BYTES;
+            copy_bulk(to, from, BLOCK_BYTES, barrier, policy);
+            if (tile.block + band + 1 < p.n_blocks) from += (long long)p.k_blocks * BLOCK_BYTES;  // as `packed` does
+          }
+        } else {
+          const uint32_t to = shared + AT_A + (ring.stage * HALVES + h) * TILE_BYTES;
+          if (CLUSTER == 1) {
+            copy_box(to, map, k * 128, y, barrier);
+          } else {
+            copy_box_to(to + here.rank * (TILE_BYTES / CLUSTER), map, k * 128, y, barrier, (1 << CLUSTER) - 1);
+          }
         }
       }
       ring.next();
@@ -207,41 +166,66 @@ DEVICE void copy_tiles(const Problem& p, const CUtensorMap* map, uint32_t shared
 // The weights that the first stages need, into L2 while the kernel before on the stream still runs.
 DEVICE void prefetch_weights(const Problem& p, const Place& here) {
   if (p.counts != nullptr) return;  // which expert comes first is not known yet
-  Tiles tiles(p);
+  Tiles tiles(p, here.rank);
   Tile tile;
-  if (!tiles.find(blockIdx.x / SPLITS, tile)) return;
+  const schedule::Walk walk(p.deal, here.worker);
+  if (!tiles.find(walk.tile, tile)) return;
   for (int h = 0; h < HALVES; ++h) {
-    const int part = here.split * HALVES + h, depth = left(p, here, part, 0, STAGES * DEPTH);
+    const Span span = span_of(walk.segment(), p.k_blocks, here.split * HALVES + h);
+    const int depth = min(span.blocks, STAGES);
     for (int band = 0; band < BANDS && depth > 0; ++band) {
-      sm90::prefetch_bulk(packed(p, tile, band, part * here.part), depth * BLOCK_BYTES);
+      sm90::prefetch_bulk(packed(p, tile, band, span.begin), depth * BLOCK_BYTES);
     }
   }
 }
 
-// A stage may be filled again once every warp has arrived.
+// A stage may be filled again once every warp of every block that reads what is copied has arrived.
 DEVICE void release(uint32_t empty, int stage, int thread) {
-  if (thread % 32 == 0) sm90::arrive(empty + 8 * stage);
+  if (CLUSTER == 1) {
+    if (thread % 32 == 0) sm90::arrive(empty + 8 * stage);
+  } else if (thread % 32 < CLUSTER) {
+    sm90::arrive_remote(empty + 8 * stage, thread % 32);
+  }
 }
+
+// A value of the thread that the compiler cannot compute anew in every round.
+DEVICE uint32_t kept(uint32_t value) { return __shfl_sync(0xFFFFFFFFu, value, threadIdx.x % 32); }
+
+struct Crew {  // a warpgroup: its band of 64 rows, which part of K of those that the block has
+  int band, half;
+  uint32_t words, scales;  // where the thread's are in the first stage
+  uint32_t half_word;      // for `expand`
+  DEVICE Crew(int warpgroup, int thread, uint32_t half_word_given) : half_word(half_word_given) {
+    band = warpgroup % BANDS, half = HALVES == 1 ? 0 : warpgroup / BANDS;
+    const int block = AT_W + (half * BANDS + band) * BLOCK_BYTES, pair = thread / 32 * 8 + thread % 32 / 4;
+    words = kept(block + 16 * thread), scales = kept(block + 4096 + 2 * (128 / GROUP) * pair);
+  }
+  DEVICE uint64_t tokens(uint32_t shared, int stage) const {
+    return sm90::descriptor_128(shared + AT_A + (stage * HALVES + half) * TILE_BYTES);
+  }
+};
 
 // What a thread takes of 64 rows by 128 k: two runs of words, and the scales of its two rows, group by group.
 struct Words {
   uint4 front, back;
   uint32_t scales;
-  DEVICE void load(const uint8_t* block, int thread) {
-    const int pair = thread / 32 * 8 + thread % 32 / 4;
-    front = *reinterpret_cast<const uint4*>(block + 16 * thread);
-    back = *reinterpret_cast<const uint4*>(block + 2048 + 16 * thread);
-    scales = GROUP == 128 ? *reinterpret_cast<const uint16_t*>(block + 4096 + 2 * pair)
-                          : *reinterpret_cast<const uint32_t*>(block + 4096 + 4 * pair);
+  DEVICE void load_front(const uint8_t* memory, const Crew& crew, int stage) {
+    const uint8_t* const at = memory + stage * (HALVES * BANDS * BLOCK_BYTES);
+    front = *reinterpret_cast<const uint4*>(at + crew.words);
+    scales = GROUP == 128 ? *reinterpret_cast<const uint16_t*>(at + crew.scales)
+                          : *reinterpret_cast<const uint32_t*>(at + crew.scales);
+  }
+  DEVICE void load_back(const uint8_t* memory, const Crew& crew, int stage) {
+    back = *reinterpret_cast<const uint4*>(memory + stage * (HALVES * BANDS * BLOCK_BYTES) + crew.words + 2048);
   }
 };
 
 // 64 k of a warpgroup as A fragments of two instructions.
-DEVICE void expand(const uint4& words, const uint4& upper, const uint4& lower, uint32_t (&a)[8]) {
-  expand(words.x, upper, a[0], a[2]);
-  expand(words.y, lower, a[1], a[3]);
-  expand(words.z, upper, a[4], a[6]);
-  expand(words.w, lower, a[5], a[7]);
+DEVICE void expand(const uint4& words, const uint4& upper, const uint4& lower, uint32_t half, uint32_t (&a)[8]) {
+  expand(words.x, upper, half, a[0], a[2]);
+  expand(words.y, lower, half, a[1], a[3]);
+  expand(words.z, upper, half, a[4], a[6]);
+  expand(words.w, lower, half, a[5], a[7]);
   sm90::pin(a);
 }
 
@@ -253,18 +237,10 @@ DEVICE void issue(float (&sums)[SUMS], const uint32_t (&a)[8], uint64_t b, int a
   sm90::wgmma_commit();
 }
 
-struct Crew {  // a warpgroup: which rows of the tile, which part of K, how many blocks of 128 k
-  int band, half, blocks;
-  DEVICE const uint8_t* words(const uint8_t* memory, int stage) const {
-    return memory + AT_W + ((stage * HALVES + half) * BANDS + band) * DEPTH * BLOCK_BYTES;
-  }
-  DEVICE uint64_t tokens(uint32_t shared, int stage) const {
-    return sm90::descriptor_128(shared + AT_A + (stage * HALVES + half) * DEPTH * TILE_BYTES);
-  }
-};
-
-// One warpgroup's 64 rows by TOKENS over this block's part of K; what `sums` holds is the sum of it. While products of one half
-// of 128 k run, the other half is expanded.
+// One warpgroup's 64 rows by TOKENS over `blocks` blocks of 128 k (at least one); `sums` gets the sum, `at` goes on by as many
+// stages. While products of one half of 128 k run, the other half is expanded. Where stages suffice, the words of the next block
+// are on their way meanwhile: its stage was waited for a block ahead, since the compiler keeps products in flight only where
+// nothing branches between the two halves.
 #if EXACT
 DEVICE void promote(float (&sums)[SUMS], float (&part)[SUMS], uint32_t scales) {
   sm90::pin(part);
@@ -274,88 +250,92 @@ DEVICE void promote(float (&sums)[SUMS], float (&part)[SUMS], uint32_t scales) {
   sm90::pin(part);
 }
 
-DEVICE void multiply(uint32_t shared, const uint8_t* memory, const Crew& crew, Ring& ring, int thread, float (&sums)[SUMS]) {
+DEVICE void multiply(uint32_t shared, const uint8_t* memory, const Crew& crew, int blocks, Ring& at, int thread,
+                     float (&sums)[SUMS]) {
   using namespace sm90;
   const uint32_t full = shared + AT_BARRIERS, empty = full + 8 * STAGES;
   float part[SUMS];
-  const uint4 table = INTEGERS;
+  // from memory, where every lane may have another: what is known to be the same would be moved to registers for every use
+  const uint4 table = reinterpret_cast<const uint4*>(memory + AT_TABLE)[thread % 32];
   uint32_t first[8], second[8];
   Words words;
 #pragma unroll
   for (int i = 0; i < SUMS; ++i) sums[i] = 0.0f;
-  wait(full + 8 * ring.stage, ring.phase);
-  words.load(crew.words(memory, ring.stage), thread);
-  expand(words.front, table, table, first);
-  for (int k = 0; k < crew.blocks; k += DEPTH) {
-    const int stage = ring.stage;
-    const uint8_t* next = crew.words(memory, stage) + BLOCK_BYTES;
-    const uint64_t b = crew.tokens(shared, stage);
-#pragma unroll
-    for (int i = 0; i < DEPTH; ++i) {
-      if (i > 0 && k + i >= crew.blocks) break;
-      const uint32_t scales = words.scales;
-      issue(part, first, b + i * (TILE_BYTES / 16), 0);
-      wgmma_wait<1>();
-      expand(words.back, table, table, second);
-      if (GROUP == 64) {
-        wgmma_wait<0>();
-        promote(sums, part, scales);
-      }
-      issue(part, second, b + i * (TILE_BYTES / 16) + 4, GROUP == 128);
-      if (i + 1 < DEPTH) {
-        words.load(next + i * BLOCK_BYTES, thread);  // beyond the part: read and not used
-      } else {
-        ring.next();
-        if (k + DEPTH < crew.blocks) {
-          wait(full + 8 * ring.stage, ring.phase);
-          words.load(crew.words(memory, ring.stage), thread);
-        }
-      }
-      wgmma_wait<1>();
-      expand(words.front, table, table, first);
+  Ring ahead = at;
+  ahead.next();
+  wait(full + 8 * at.stage, at.phase);
+  words.load_front(memory, crew, at.stage);
+  words.load_back(memory, crew, at.stage);
+  if (AHEAD && blocks > 1) wait(full + 8 * ahead.stage, ahead.phase);
+  expand(words.front, table, table, crew.half_word, first);
+  for (int left = blocks; left > 0; --left) {
+    const uint64_t b = crew.tokens(shared, at.stage);
+    const int next = ahead.stage;  // behind the last block: read and not used
+    const uint32_t scales = words.scales;
+    issue(part, first, b, 0);
+    if (AHEAD) words.load_front(memory, crew, next);
+    expand(words.back, table, table, crew.half_word, second);
+    if (GROUP == 64) {
       wgmma_wait<0>();
-      if (i + 1 == DEPTH || k + i + 1 >= crew.blocks) release(empty, stage, thread);
-      promote(sums, part, GROUP == 64 ? scales >> 16 : scales);
+      promote(sums, part, scales);
     }
+    issue(part, second, b + 4, GROUP == 128);
+    const int done = at.stage;
+    at = ahead;
+    ahead.next();
+    if (!AHEAD) {
+      if (left > 1) wait(full + 8 * at.stage, at.phase);
+      words.load_front(memory, crew, next);
+    }
+    words.load_back(memory, crew, next);
+    wgmma_wait<1>();
+    expand(words.front, table, table, crew.half_word, first);
+    if (AHEAD && left > 2) wait(full + 8 * ahead.stage, ahead.phase);  // and keeps what was expanded ahead of the next line
+    wgmma_wait<0>();
+    release(empty, done, thread);
+    promote(sums, part, GROUP == 64 ? scales >> 16 : scales);
   }
-  if (DEPTH > 1 && crew.blocks % DEPTH != 0) ring.next();
 }
 #else
-DEVICE void multiply(uint32_t shared, const uint8_t* memory, const Crew& crew, Ring& ring, int thread, float (&sums)[SUMS]) {
+DEVICE void multiply(uint32_t shared, const uint8_t* memory, const Crew& crew, int blocks, Ring& at, int thread,
+                     float (&sums)[SUMS]) {
   using namespace sm90;
   const uint32_t full = shared + AT_BARRIERS, empty = full + 8 * STAGES;
   const uint4* tables = reinterpret_cast<const uint4*>(memory + AT_TABLE);
   uint32_t first[8], second[8];
   Words words;
-  wait(full + 8 * ring.stage, ring.phase);
-  words.load(crew.words(memory, ring.stage), thread);
+  Ring ahead = at;
+  ahead.next();
+  wait(full + 8 * at.stage, at.phase);
+  words.load_front(memory, crew, at.stage);
+  words.load_back(memory, crew, at.stage);
   uint4 upper = tables[words.scales & 0xFF], lower = tables[words.scales >> 8 & 0xFF];
-  int held = -1;  // the stage before, which products in flight may still read
-  for (int k = 0; k < crew.blocks; k += DEPTH) {
-    const int stage = ring.stage;
-    const uint8_t* next = crew.words(memory, stage) + BLOCK_BYTES;
-    const uint64_t b = crew.tokens(shared, stage);
-    ring.next();
-#pragma unroll
-    for (int i = 0; i < DEPTH; ++i) {
-      if (i > 0 && k + i >= crew.blocks) break;
-      wgmma_wait<1>();  // the first half of the block before is done: its registers are free
-      expand(words.front, upper, lower, first);
-      issue(sums, first, b + i * (TILE_BYTES / 16), k + i > 0);
-      if (GROUP == 64) upper = tables[words.scales >> 16 & 0xFF], lower = tables[words.scales >> 24];
-      wgmma_wait<1>();  // the whole block before is done
-      if (i == 0 && k > 0) release(empty, held, thread);
-      expand(words.back, upper, lower, second);
-      issue(sums, second, b + i * (TILE_BYTES / 16) + 4, 1);
-      if (i + 1 < DEPTH) {
-        words.load(next + i * BLOCK_BYTES, thread);  // beyond the part: read and not used
-      } else if (k + DEPTH < crew.blocks) {
-        wait(full + 8 * ring.stage, ring.phase);
-        words.load(crew.words(memory, ring.stage), thread);
-      }
+  if (AHEAD && blocks > 1) wait(full + 8 * ahead.stage, ahead.phase);
+  int held = 0;  // the stage before, which products in flight may still read
+  for (int left = blocks; left > 0; --left) {
+    const uint64_t b = crew.tokens(shared, at.stage);
+    const int next = ahead.stage;  // behind the last block: read and not used
+    wgmma_wait<1>();  // the first half of the block before is done: its registers are free
+    expand(words.front, upper, lower, crew.half_word, first);
+    issue(sums, first, b, left < blocks);
+    if (GROUP == 64) upper = tables[words.scales >> 16 & 0xFF], lower = tables[words.scales >> 24];
+    if (AHEAD) words.load_front(memory, crew, next);
+    wgmma_wait<1>();  // the whole block before is done
+    if (left < blocks) release(empty, held, thread);
+    expand(words.back, upper, lower, crew.half_word, second);
+    issue(sums, second, b + 4, 1);
+    held = at.stage, at = ahead;
+    ahead.next();
+    if (AHEAD) {
+      words.load_back(memory, crew, next);
+      upper = tables[words.scales & 0xFF], lower = tables[words.scales >> 8 & 0xFF];
+      if (left > 2) wait(full + 8 * ahead.stage, ahead.phase);
+    } else {
+      if (left > 1) wait(full + 8 * at.stage, at.phase);
+      words.load_front(memory, crew, next);
+      words.load_back(memory, crew, next);
       upper = tables[words.scales & 0xFF], lower = tables[words.scales >> 8 & 0xFF];
     }
-    held = stage;
   }
   wgmma_wait<0>();
   pin(sums);
@@ -408,97 +388,19 @@ DEVICE void reduce(uint32_t shared, const uint8_t* memory, const Place& here, co
   if (owned > 0 && thread < SPLITS) arrive_remote(taken, thread);
 }
 
-struct Factors {  // of the two rows of a thread
-  float channel[2], bias[2];
-};
-
-// Scales and bias of a tile, fetched before its products: those of the tokens to shared memory.
-DEVICE Factors factors(const Problem& p, const Tile& tile, uint8_t* memory, int band, int thread) {
-  float* scales = reinterpret_cast<float*>(memory + AT_SCALE) + band * TOKENS;
-  const int valid = min(TOKENS, tile.count - tile.token);
-  for (int i = thread; i < TOKENS; i += 128) scales[i] = i < valid ? p.token_scale[tile.row + tile.token + i] : 0.0f;
-  Factors found;
-#pragma unroll
-  for (int h = 0; h < 2; ++h) {
-    const int n = (tile.block + band) * 64 + 16 * (thread / 32) + thread % 32 / 4 + 8 * h;
-    const long long at = (long long)tile.expert * p.n + n;
-    found.channel[h] = n < p.n ? p.channel_scale[at] : 0.0f;
-    found.bias[h] = n < p.n && p.bias != nullptr ? widen(p.bias[at], p.half) : 0.0f;
-  }
-  return found;
-}
-
-// Scales, bias and cast, then rows of D through shared memory, 16 bytes at a time where D allows it.
-DEVICE void store(const Problem& p, const Tile& tile, uint32_t shared, const uint8_t* memory, const Place& here, int band,
-                  int thread, const Factors& factors, const float (&sums)[SUMS]) {
-  using namespace sm90;
-  const float* scales = reinterpret_cast<const float*>(memory + AT_SCALE) + band * TOKENS;
-  const int warp = thread / 32, lane = thread % 32;
-  const int base = (tile.block + band) * 64;
-  const long long row = tile.row + tile.token;
-  const int valid = min(TOKENS, tile.count - tile.token);
-  const uint32_t out = shared + AT_OUT + band * CHUNK_BYTES;
-  const uint8_t* staged = memory + AT_OUT + band * CHUNK_BYTES;
-  const int matrix = lane / 8, to_token = matrix / 2 * 8 + lane % 8;
-  const uint32_t to = out + to_token * 128 + (((2 * warp + matrix % 2) ^ (lane % 8)) << 4);
-  sync_threads(1 + band, 128);
-#pragma unroll
-  for (int chunk = 0; chunk < TOKENS; chunk += CHUNK) {
-    if (chunk > 0 && chunk >= valid) break;
-#pragma unroll
-    for (int j = 0; j < CHUNK / 8; j += 2) {
-      uint32_t words[4];
-#pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        const int eight = chunk / 8 + j + e / 2, h = e % 2;
-        if (8 * eight >= TOKENS) {
-          words[e] = 0;
-          continue;
-        }
-        const float2 token = *reinterpret_cast<const float2*>(scales + 8 * eight + 2 * (lane % 4));
-        const int at = (4 * eight + 2 * h) % SUMS;
-        float x = __fmul_rn(sums[at], token.x), y = __fmul_rn(sums[at + 1], token.y);
-        if (p.bias != nullptr) {
-          x = __fmaf_rn(x, factors.channel[h], factors.bias[h]), y = __fmaf_rn(y, factors.channel[h], factors.bias[h]);
-        } else {
-          x = __fmul_rn(x, factors.channel[h]), y = __fmul_rn(y, factors.channel[h]);
-        }
-        words[e] = narrow(x, y, p.half);
-      }
-      store_transposed(to + j * 8 * 128, words[0], words[1], words[2], words[3]);
-    }
-    sync_threads(1 + band, 128);
-#pragma unroll
-    for (int i = 0; i < (CHUNK * 8 + 127) / 128; ++i) {
-      const int piece = thread + 128 * i, token = piece / 8, n = base + piece % 8 * 8;
-      if (token < CHUNK && chunk + token < valid && n < p.n && (chunk + token) / 8 % SPLITS == here.split) {
-        const uint4 value = *reinterpret_cast<const uint4*>(staged + token * 128 + ((piece % 8 ^ token % 8) << 4));
-        uint16_t* d = p.d + (row + chunk + token) * p.stride + n;
-        if (p.aligned) {
-          *reinterpret_cast<uint4*>(d) = value;
-        } else {
-          const uint32_t words[4] = {value.x, value.y, value.z, value.w};
-#pragma unroll
-          for (int e = 0; e < 8; ++e) d[e] = (uint16_t)(words[e / 2] >> (16 * (e % 2)));
-        }
-      }
-    }
-    sync_threads(1 + band, 128);
-  }
-}
-
 __global__ void __launch_bounds__(THREADS, 1) gemm(const __grid_constant__ Problem p, const __grid_constant__ CUtensorMap map) {
   using namespace sm90;
   extern __shared__ __align__(1024) uint8_t memory[];
   const uint32_t shared = address(memory);
   const int warpgroup = __shfl_sync(0xFFFFFFFFu, threadIdx.x / 128, 0);  // the same in a warp, and known to be
+  const int member = blockIdx.x % BLOCKS;  // its rank in the cluster
   Place here;
-  here.split = SPLITS > 1 ? (int)cluster_rank() : 0, here.part = (p.k_blocks + PARTS - 1) / PARTS;
+  here.worker = blockIdx.x / BLOCKS, here.rank = CLUSTER > 1 ? member : 0, here.split = SPLITS > 1 ? member : 0;
   if (threadIdx.x == 0) {
     prefetch(&map);
     for (int i = 0; i < STAGES; ++i) {
-      barrier_init(shared + AT_BARRIERS + 8 * i, 1);
-      barrier_init(shared + AT_BARRIERS + 8 * (STAGES + i), 4 * WARPGROUPS);
+      barrier_init(shared + AT_BARRIERS + 8 * i, 2);
+      barrier_init(shared + AT_BARRIERS + 8 * (STAGES + i), 4 * WARPGROUPS * CLUSTER);
     }
     for (int i = 0; i < BANDS; ++i) {
       barrier_init(shared + AT_BARRIERS + 8 * (2 * STAGES + 2 * i), 1);
@@ -508,102 +410,114 @@ __global__ void __launch_bounds__(THREADS, 1) gemm(const __grid_constant__ Probl
     if (OVERLAP) launch_next();
   }
   __syncthreads();
-  if (SPLITS > 1) {
+  if (BLOCKS > 1) {
     cluster_arrive();
     cluster_wait();
   }
   if (warpgroup == 0) {
-    registers_down<WARPGROUPS == 3 ? 40 : 56>();
+    registers_down<COPYING>();
     if (threadIdx.x == 0) {
-      prefetch_weights(p, here);
       launch_wait();
-      copy_tiles(p, &map, shared, here);
+      copy_tiles<true>(p, &map, shared, here);
+    } else if (threadIdx.x == 32) {
+      launch_wait();
+      copy_tiles<false>(p, &map, shared, here);
+    } else if (threadIdx.x == 64) {
+      prefetch_weights(p, here);
     }
   } else {
     registers_up<REGISTERS>();
     const int thread = threadIdx.x % 128;
-#if !EXACT
-    for (int i = threadIdx.x - 128; i < 256; i += THREADS - 128) reinterpret_cast<uint4*>(memory + AT_TABLE)[i] = table_of(i);
+    for (int i = threadIdx.x - 128; i < TABLES; i += THREADS - 128) reinterpret_cast<uint4*>(memory + AT_TABLE)[i] = table_of(i);
     sync_threads(1 + BANDS, THREADS - 128);
-#endif
-    Crew crew;
-    crew.band = (warpgroup - 1) % BANDS, crew.half = HALVES == 1 ? 0 : (warpgroup - 1) / BANDS;
-    crew.blocks = left(p, here, here.split * HALVES + crew.half, 0, here.part);
-    const int rounds = left(p, here, here.split * HALVES, 0, here.part);  // the first half is never the shorter one
+    const Crew crew(warpgroup - 1, thread, p.half_word);
+    const Area area = {shared + AT_EPILOGUE, memory + AT_EPILOGUE};
     launch_wait();
-    Ring ring;
-    Tiles tiles(p);
+    Ring at;
+    Tiles tiles(p, here.rank);
     Tile tile;
     uint32_t phase = 0;
-    for (int index = blockIdx.x / SPLITS; tiles.find(index, tile); index += gridDim.x / SPLITS) {
+    for (schedule::Walk walk(p.deal, here.worker); tiles.find(walk.tile, tile); walk.next()) {
+      const schedule::Segment segment = walk.segment();
+      const int blocks = span_of(segment, p.k_blocks, here.split * HALVES + crew.half).blocks;
       float sums[SUMS];
-      Factors scales;
-      if (crew.half == 0) scales = factors(p, tile, memory, crew.band, thread);
-      multiply(shared, memory, crew, ring, thread, sums);
+      if (crew.half == 0) prefetch_factors(p, tile, crew.band, thread);
+      multiply(shared, memory, crew, blocks, at, thread, sums);
       // stages that hold nothing of this part
-      for (int k = (crew.blocks + DEPTH - 1) / DEPTH * DEPTH; HALVES > 1 && k < rounds; k += DEPTH) {
-        wait(shared + AT_BARRIERS + 8 * ring.stage, ring.phase);
-        release(shared + AT_BARRIERS + 8 * STAGES, ring.stage, thread);
-        ring.next();
+      const int rounds = span_of(segment, p.k_blocks, here.split * HALVES).blocks;
+      for (int k = blocks; HALVES > 1 && k < rounds; ++k) {
+        wait(shared + AT_BARRIERS + 8 * at.stage, at.phase);
+        release(shared + AT_BARRIERS + 8 * STAGES, at.stage, thread);
+        at.next();
       }
       if (PARTS > 1) {
         reduce(shared, memory, here, crew, phase, thread, sums);
         phase ^= 1;
       }
       if (crew.half == 0) {
-        sync_threads(1 + crew.band, 128);
-        if (8 * here.split < TOKENS) store(p, tile, shared, memory, here, crew.band, thread, scales, sums);
+        if (STREAM && !segment.whole(p.k_blocks)) {
+          if (!settle(p, segment, area, here.worker, here.rank, crew.band, thread, sums)) continue;
+        }
+        if (8 * here.split < TOKENS) store(p, tile, area, here.split, crew.band, thread, sums);
       }
     }
   }
-  if (SPLITS > 1) {
+  if (BLOCKS > 1) {
     __syncwarp();
     cluster_arrive();
     cluster_wait();
   }
 }
 
+#if STREAM
+// The counters of tiles that are shared, before the first of them is counted: the product starts to read when this has ended, and
+// this when what came before on the stream has.
+__global__ void zero(unsigned* counters, int count) {
+  sm90::launch_next();
+  sm90::launch_wait();
+  for (int i = threadIdx.x; i < count; i += blockDim.x) counters[i] = 0;
+}
+#endif
+
 }  // namespace
 
 // a: e4m3 [m, k], a_stride bytes between rows, both multiples of 16. weights: packed, experts one after the other. token_scale
 // f32 [m], channel_scale f32 [experts, n], bias [experts, n] in the output format or null, d [m, n] with d_stride elements
-// between rows; counts int32 [experts] or null for one expert. half: 0 for bf16, 1 for f16. m > 0. Returns a cudaError_t; never
-// waits.
+// between rows; counts int32 [experts] or null for one expert. half: 0 for bf16, 1 for f16. m > 0. workspace: at a multiple of
+// 16, or null where its bytes are 0; it may hold anything. Returns a cudaError_t; never waits.
 extern "C" int lowbit_gemm_w4a8(const void* a, long long a_stride, const void* weights, const void* token_scale,
                                 const void* channel_scale, const void* bias, void* d, long long d_stride, const void* counts,
-                                long long m, long long n, long long k, long long experts, int half, void* stream) {
-  int device = 0, processors = 0;
-  cudaError_t error = cudaGetDevice(&device);
-  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
-  if (error == cudaSuccess) error = cudaFuncSetAttribute(gemm, cudaFuncAttributeMaxDynamicSharedMemorySize, SHARED_BYTES);
+                                long long m, long long n, long long k, long long experts, int half, void* workspace,
+                                long long workspace_bytes, void* stream) {
+  cudaError_t error = cudaFuncSetAttribute(gemm, cudaFuncAttributeMaxDynamicSharedMemorySize, SHARED_BYTES);
   if (error != cudaSuccess) return error;
   CUtensorMap map;
-  error = lowbit_map_bytes(&map, a, m, k, a_stride, TOKENS);
+  error = lowbit_map_bytes(&map, a, m, k, a_stride, TOKENS / CLUSTER);
   if (error != cudaSuccess) return error;
-  Problem p;
-  p.weights = (const uint8_t*)weights, p.token_scale = (const float*)token_scale, p.channel_scale = (const float*)channel_scale;
-  p.bias = (const uint16_t*)bias, p.d = (uint16_t*)d, p.counts = (const int*)counts, p.stride = d_stride;
-  p.m = (int)m, p.n = (int)n, p.k_blocks = (int)((k + 127) / 128), p.n_blocks = (int)((n + 63) / 64), p.experts = (int)experts;
-  p.half = half, p.aligned = (uintptr_t)d % 16 == 0 && d_stride % 8 == 0;
+  Problem p = problem_of(weights, token_scale, channel_scale, bias, d, d_stride, counts, m, n, k, experts, half);
   cudaLaunchAttribute attributes[2];
   attributes[0].id = cudaLaunchAttributeClusterDimension;
-  attributes[0].val.clusterDim = {SPLITS, 1, 1};
+  attributes[0].val.clusterDim = {BLOCKS, 1, 1};
   attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
   attributes[1].val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchConfig_t config = {};
   config.blockDim = dim3(THREADS), config.dynamicSmemBytes = SHARED_BYTES, config.stream = (cudaStream_t)stream;
   config.attrs = attributes, config.numAttrs = 1 + OVERLAP;
-  static int resident[64];  // clusters that a device holds at once; every thread that asks finds the same
-  int clusters = device < 64 ? resident[device] : 0;
-  if (clusters == 0) {
-    config.gridDim = dim3(processors / SPLITS * SPLITS);
-    error = cudaOccupancyMaxActiveClusters(&clusters, gemm, &config);
+  int most = 0;
+  error = resident(&most, gemm, config, BLOCKS);
+  if (error != cudaSuccess) return error;
+  if (STREAM && counts != nullptr) return cudaErrorInvalidValue;
+  const int counters = plan(p, most, workspace, workspace_bytes);
+  if (counters < 0) return cudaErrorInvalidValue;
+#if STREAM
+  if (counters > 0) {
+    cudaLaunchConfig_t first = {};
+    first.gridDim = dim3(1), first.blockDim = dim3(256), first.stream = config.stream;
+    first.attrs = attributes + 1, first.numAttrs = OVERLAP;
+    error = cudaLaunchKernelEx(&first, zero, p.counters, counters);
     if (error != cudaSuccess) return error;
-    if (clusters == 0) return cudaErrorLaunchOutOfResources;
-    if (device < 64) resident[device] = clusters;
   }
-  long long tiles = clusters;
-  if (counts == nullptr) tiles = (p.n_blocks + BANDS - 1) / BANDS * ((m + TOKENS - 1) / TOKENS);
-  config.gridDim = dim3((unsigned)(tiles < clusters ? tiles : clusters) * SPLITS);
+#endif
+  config.gridDim = dim3((unsigned)(p.deal.workers * BLOCKS));
   return cudaLaunchKernelEx(&config, gemm, p, map);
 }

@@ -1,8 +1,9 @@
 """gemm_w4a8_fp8 and gemm_w4a8_fp8_grouped on Hopper: instances of gemm_w4a8.cu, packed weights, what is declared, which one runs.
 
-Decides: the tactics (`TACTICS`: tiles and parts of K), which of them take a problem, which one a shape gets (the rows of
-gemm_w4a8_tactics.json, read off the sweep that the file keeps), and the launch.
-Refuses: what the contract does not have, one sentence each, and tactics whose parts of K are not whole blocks of 128.
+Decides: the tactics (`TACTICS`: tiles and parts of K; those of gemm_w4a8_f16.py beside them), which of them take a problem, which
+one a shape gets (the rows of gemm_w4a8_tactics.json, read off the sweep that the file keeps), scratch memory, and the launch.
+Refuses: what the contract does not have, one sentence each, tactics whose parts of K are not whole blocks of 128, and to deal out
+tiles whose number only the device knows.
 Kernels compile at the first launch; loading this module needs neither a compiler nor torch.
 """
 
@@ -26,6 +27,7 @@ from lowbit.conformance.backend import (
     Contraction,
     Declaration,
     Join,
+    Order,
     Problem,
     Step,
     TensorView,
@@ -35,13 +37,15 @@ from lowbit.conformance.backend import (
 )
 
 from ..domain import refusal
+from . import gemm_w4a8_f16 as half_precision
 from .build import Unit, library
 from .device import check, same_device
+from .gemm_w4a8_schedule import stream_bytes
 from .launch import entry, launch
 
 __all__ = [
     "OPS", "TACTICS", "UNITS", "PackedWeights", "Tactic", "declaration", "defines", "dispatch", "gemm_w4a8_fp8", "pack_weights",
-    "packed_bytes", "prepare", "run", "stage", "stages", "tactics", "takes", "unsupported", "workspace",
+    "packed_bytes", "prepare", "run", "stage", "stages", "tactics", "takes", "unsupported", "workspace", "workspace_bytes",
 ]
 
 OPS = ("gemm_w4a8_fp8", "gemm_w4a8_fp8_grouped")
@@ -49,7 +53,7 @@ _SOURCE, _PACK_SOURCE = "gemm_w4a8.cu", "gemm_w4a8_pack.cu"
 _PACK = ("lowbit_pack_w4a8", "pppqqqiiip")
 _GEMM_SIGNATURE = (
     *(ctypes.c_void_p, ctypes.c_longlong), *(ctypes.c_void_p,) * 5, *(ctypes.c_longlong, ctypes.c_void_p),
-    *(ctypes.c_longlong,) * 4, *(ctypes.c_int, ctypes.c_void_p),
+    *(ctypes.c_longlong,) * 4, *(ctypes.c_int, ctypes.c_void_p, ctypes.c_longlong, ctypes.c_void_p),
 )
 _BLOCK = 128  # k of a packed block, 64 rows high
 _SHARED = 232448  # bytes of shared memory of a block
@@ -61,34 +65,37 @@ _OUT = {"bf16": BF16, "f16": F16}
 
 class Tactic(NamedTuple):
     """One tile: 64 `bands` rows of W by `tokens` rows of A. K is cut between `splits` blocks of a cluster, and once more between
-    `halves` warpgroups per band. A stage of the pipeline holds `depth` times 128 of k for each part."""
+    `halves` warpgroups per band. `stream`: not 0 where blocks of 128 k of the tiles that do not come out even are dealt out among
+    all workers; a worker is a cluster of so many blocks of threads with neighbouring rows of W, which load A once for all."""
 
     tokens: int
     bands: int
-    halves: int
-    splits: int
-    depth: int
+    halves: int = 1
+    splits: int = 1
+    stream: int = 0
 
     @property
     def name(self) -> str:
-        """Rows x tokens, then parts of K: between blocks x within a block."""
-        return f"{64 * self.bands}x{self.tokens}_k{self.splits}x{self.halves}"
+        """Rows x tokens of a block, then parts of K, between blocks x within a block, or s and the blocks of a worker."""
+        return f"{64 * self.bands}x{self.tokens}_" + (f"s{self.stream}" if self.stream else f"k{self.splits}x{self.halves}")
 
     @property
     def parts(self) -> int:
-        """Parts of K that are summed on their own."""
+        """Parts of K that are summed on their own, where they are the same for every tile."""
         return self.splits * self.halves
 
 
 TACTICS: dict[str, Tactic] = {
     tactic.name: tactic
     for tactic in (
-        Tactic(16, 2, 1, 1, 2), Tactic(16, 2, 2, 1, 1), Tactic(16, 2, 1, 2, 2), Tactic(32, 2, 1, 1, 2), Tactic(32, 2, 2, 1, 1),
-        Tactic(32, 2, 1, 2, 2), Tactic(64, 2, 1, 1, 1), Tactic(64, 2, 2, 1, 1), Tactic(128, 2, 1, 1, 1), Tactic(128, 3, 1, 1, 1),
-        Tactic(256, 2, 1, 1, 1), Tactic(256, 2, 1, 2, 1),
+        Tactic(16, 2), Tactic(16, 2, halves=2), Tactic(16, 2, splits=2), Tactic(32, 2), Tactic(32, 2, halves=2),
+        Tactic(32, 2, splits=2), Tactic(64, 2), Tactic(64, 2, halves=2), Tactic(128, 2), Tactic(128, 3), Tactic(256, 2),
+        Tactic(256, 2, splits=2), Tactic(8, 4, stream=1), Tactic(16, 4, stream=1), Tactic(32, 4, stream=1),
+        Tactic(64, 4, stream=1), Tactic(64, 4, stream=2), Tactic(128, 2, stream=1), Tactic(128, 2, stream=2),
+        Tactic(128, 4, stream=1), Tactic(128, 4, stream=2), Tactic(256, 2, stream=1), Tactic(256, 2, stream=2),
     )
 }
-"""Every instance by name."""
+"""Every instance of gemm_w4a8.cu by name."""
 
 
 def _exact(variant: str) -> bool:
@@ -101,8 +108,9 @@ def stages(tactic: Tactic, variant: str, group: int) -> int:
     """Stages that fit the shared memory of a block beside tables, outputs, sums of other parts and barriers, as the source lays
     them out."""
     tokens, bands, halves = tactic.tokens, tactic.bands, tactic.halves
-    stage = halves * tactic.depth * (128 * tokens + bands * (4096 + 64 * (128 // group))) + 16
-    fixed = (0 if _exact(variant) else 4096) + 4 * bands * tokens + 128 + bands * 128 * max(16, min(32, tokens)) + 16 * bands
+    stage = halves * (128 * tokens + bands * (4096 + 64 * (128 // group))) + 16
+    epilogue = bands * (128 * max(16, min(32, tokens)) + 4 * tokens + 4)
+    fixed = (512 if _exact(variant) else 4096) + 127 + -(-epilogue // 128) * 128 + 16 * bands
     fixed += bands * (tactic.parts - 1) * 2048 * -(-(tokens // 8) // tactic.splits)
     return min(16, (_SHARED - fixed) // stage)
 
@@ -110,8 +118,9 @@ def stages(tactic: Tactic, variant: str, group: int) -> int:
 def defines(tactic: Tactic, variant: str, group: int) -> dict[str, str | int]:
     """Macros of one instance."""
     return {
-        "EXACT": int(_exact(variant)), "GROUP": group, "TOKENS": tactic.tokens, "WARPGROUPS": tactic.bands * tactic.halves,
-        "HALVES": tactic.halves, "SPLITS": tactic.splits, "DEPTH": tactic.depth, "STAGES": stages(tactic, variant, group),
+        "EXACT": int(_exact(variant)), "GROUP": group, "TOKENS": tactic.tokens, "BANDS": tactic.bands, "HALVES": tactic.halves,
+        "SPLITS": tactic.splits, "CLUSTER": max(1, tactic.stream), "STREAM": int(tactic.stream > 0),
+        "STAGES": stages(tactic, variant, group),
     }
 
 
@@ -127,18 +136,27 @@ UNITS: tuple[Unit, ...] = (
         (_SOURCE, defines(tactic, variant, group), ())
         for variant in ("folded", "exact") for group in _GROUPS for tactic in TACTICS.values() if _has(tactic, variant)
     ),
+    *half_precision.UNITS,
 )
 """All that this module can ask the compiler for."""
 
 
-def takes(tactic: Tactic, variant: str, k: int, group: int) -> bool:
-    """Whether the instance exists, and the parts of K that it sums (whole blocks of 128) are those that a declaration of so many
-    splits means (whole groups for `exact`, whole instructions of 32 for `folded`), none of them empty."""
-    unit = group if _exact(variant) else 32
+def takes(name: str, variant: str, m: int, k: int, group: int, grouped: bool) -> bool:
+    """Whether the instance exists for M rows of A, the parts of K that it sums (whole blocks of 128) are those that a declaration
+    of so many splits means (whole groups for `exact`, whole instructions of 32 for `folded`), none of them empty, and tiles are
+    dealt out only where their number is known: not `grouped`."""
+    exact = _exact(variant)
+    if name in half_precision.TACTICS:
+        return half_precision.takes(name, OPS[grouped], variant, m)
+    tactic, unit = TACTICS[name], group if exact else 32
     part = -(-k // (_BLOCK * tactic.parts)) * _BLOCK
     said = -(-k // (unit * tactic.parts)) * unit
     whole = tactic.parts == 1 or (part == said and (tactic.parts - 1) * part < k)
-    return _has(tactic, variant) and whole
+    return _has(tactic, variant) and whole and not (grouped and tactic.stream)
+
+
+def _takers(variant: str, m: int, k: int, group: int, grouped: bool) -> tuple[str, ...]:
+    return tuple(name for name in (*TACTICS, *half_precision.TACTICS) if takes(name, variant, m, k, group, grouped))
 
 
 @cache
@@ -147,12 +165,12 @@ def _table() -> tuple[Mapping[str, Any], ...]:
     return tuple(json.loads(text)["rows"])
 
 
-def dispatch(variant: str, m: int, n: int, k: int, group: int) -> str:
+def dispatch(variant: str, m: int, n: int, k: int, group: int, grouped: bool = False) -> str:
     """The tactic of a shape: the first row of the table whose variant is this one, whose bounds hold m, n and k, and whose tactic
-    takes the problem."""
+    takes the problem. m: rows that a tile meets, M or with experts their mean."""
     for row in _table():
         bounded = m <= row["m"] and n <= row["n"] and k <= row["k"]
-        if row["variant"] == variant and bounded and takes(TACTICS[row["tactic"]], variant, k, group):
+        if row["variant"] == variant and bounded and takes(row["tactic"], variant, m, k, group, grouped):
             return str(row["tactic"])
     raise ValueError(
         f"gemm_w4a8_fp8: got {variant} with M = {m}, N = {n}, K = {k}, expected a row of gemm_w4a8_tactics.json that "
@@ -175,33 +193,57 @@ def unsupported(problem: Problem) -> str | None:
 
 
 def tactics(problem: Problem) -> tuple[str, ...]:
-    """Every tactic that takes the problem, the dispatch's choice first."""
-    variant, k, group = problem.variant, problem.dim("k"), problem.dim("g")
-    first = dispatch(variant, _tokens(problem), problem.dim("n"), k, group)
-    return (first, *(name for name, tactic in TACTICS.items() if name != first and takes(tactic, variant, k, group)))
+    """The dispatch's choice, then every other tactic that takes the problem and declares its bits. Those that declare an interval
+    are candidates: called by name, and listed, hence certified, once the table dispatches them. Of `folded` the interval of any
+    order of k is so wide that some cases would accept zeros, and such cases fail."""
+    variant, k, group, grouped = problem.variant, problem.dim("k"), problem.dim("g"), problem.op == OPS[1]
+    first = dispatch(variant, _tokens(problem), problem.dim("n"), k, group, grouped)
+    takers = _takers(variant, problem.dim("m"), k, group, grouped)
+    return (first, *(name for name in takers if name != first and name in TACTICS and not TACTICS[name].stream))
 
 
 def declaration(problem: Problem, tactic: str) -> Declaration:
     """folded: instructions of 32 k in ascending order, one accumulator per part of K. exact: one per group, multiplied by its
     scale and added to an f32 total by one FMA; codes of int4 are e4m3 exactly. Parts are added in ascending order in f32; then
     token scale, channel scale (one FMA with the bias), one cast. The bits depend on the parts of K alone, not on tiles, M or
-    other rows."""
-    bias, splits = problem.option("bias") == "bias", TACTICS[tactic].parts
-    path = DATAPATHS["hopper_wgmma_fp8"]
+    other rows.
+
+    Where blocks of K are dealt out, the parts of a tile are those that the numbers of tiles and of multiprocessors make: some
+    whole blocks of 128 each. Then the order of k is declared unknown, for `exact` that of the groups' sums, and the result lies
+    in the interval of any order. That holds the addition of parts in f32 as well: a part begins with an accumulator of zero, of
+    which its first instruction loses nothing, while the interval allows for the loss of a bit of 14. The same call gives the
+    same bits; a row's bits depend on M."""
+    if tactic in half_precision.TACTICS:
+        return half_precision.declaration(problem, tactic)
+    bias, stream, parts = problem.option("bias") == "bias", TACTICS[tactic].stream, TACTICS[tactic].parts
+    path, order = DATAPATHS["hopper_wgmma_fp8"], Order.UNKNOWN if stream else Order.ASCENDING
     if _exact(problem.variant):
         steps: tuple[Step, ...] = (mul("group_scale", join=Join.FUSED),)
-        main = Contraction(("a", "w"), path, segment=problem.dim("g"), steps=steps, splits=splits, conversion=E4M3FN)
+        main = Contraction(
+            ("a", "w"), path, segment=problem.dim("g"), steps=steps, splits=parts, reduction_order=order, conversion=E4M3FN
+        )
     else:
-        main = Contraction(("a", "w"), path, splits=splits)
+        main = Contraction(("a", "w"), path, order=order, splits=parts)
     tail = (add("bias"),) if bias else ()
     channel = mul("channel_scale", join=Join.FUSED if bias else Join.SEPARATE)
     out = cast(_OUT[problem.option("out")])
-    return Declaration((main, mul("token_scale"), channel, *tail, out), Claim.BIT_EXACT)
+    claim = Claim.BOUNDED if stream else Claim.BIT_EXACT
+    return Declaration((main, mul("token_scale"), channel, *tail, out), claim, batch_invariant=not stream)
+
+
+def workspace_bytes(tactic: str, m: int, n: int, k: int) -> int:
+    """Bytes of scratch memory that a tactic of either module may need for a product of these sizes, on any device of compute
+    capability 9.0; at a multiple of 16, of any content, not in use by another stream meanwhile."""
+    if tactic in half_precision.TACTICS:
+        return half_precision.workspace(tactic, n, k)
+    each = TACTICS[tactic]
+    return stream_bytes(each.tokens, each.bands, each.stream, m, n, k) if each.stream and m else 0
 
 
 def workspace(problem: Problem, tactic: str) -> int:
-    """None: parts of K are added through shared memory, of a cluster where they lie in several blocks."""
-    return 0
+    """Bytes: sums and counters of tiles that several workers share. None where parts of K are added through shared memory, of a
+    cluster where they lie in several blocks."""
+    return workspace_bytes(tactic, problem.dim("m"), problem.dim("n"), problem.dim("k"))
 
 
 def packed_bytes(experts: int, n: int, k: int, group: int) -> int:
@@ -298,20 +340,22 @@ def _aligned(a: Any) -> Any:
 
 def gemm_w4a8_fp8(
     a: Any, weights: PackedWeights, token_scale: Any, channel_scale: Any, out: Any, *, bias: Any = None, counts: Any = None,
-    variant: str = "folded", tactic: str = "", stream: Any = None,
+    variant: str = "folded", tactic: str = "", workspace: Any = None, stream: Any = None,
 ) -> str:
-    """D = cast(channel (token A W^T) + bias) on the device; returns the kernel's name. Does not wait and does not allocate.
+    """D = cast(channel (token A W^T) + bias) on the device; returns the kernel's name. Does not wait.
 
     a: e4m3fn codes [M, K] (uint8 or float8_e4m3fn), neighbouring elements, rows that start at multiples of 16 bytes. token_scale
     float32 [M], channel_scale float32 [N] or [E, N], bias as `out`, [N] or [E, N]. out: bfloat16 or float16 [M, N], rows of
     neighbouring elements, any stride between rows. counts: int32 [E] on the device, rows of A per expert in order, M together;
     it is never read on the host. All lie on one device. `variant`: folded (RNE_e4m3(q s) is multiplied) or exact (the scale
-    multiplies the sum of its group). `tactic`: a name of `TACTICS`, empty: as dispatched. `stream`: a torch stream, None: the
-    current one. Raises ValueError before anything runs.
+    multiplies the sum of its group). `tactic`: a name of `TACTICS` or of gemm_w4a8_f16.py, empty: as dispatched. `workspace`:
+    uint8 of `workspace_bytes` or more, None: allocated where the tactic needs any, by torch, for the stream. `stream`: a torch
+    stream, None: the current one. Raises ValueError before anything runs.
 
-    A tactic by name gives a row the same bits whatever M is. As dispatched, `exact` does too: it sums K in one part. `folded`
-    does not: the table dispatches by M (M / E with experts), and K is summed in one part or, where it can be cut, in two: for M
-    of 33 to 64, and of 257 to 512 with N and K of at most 12,288. Where bits must not depend on the batch, name the tactic.
+    A tactic by name gives a row the same bits whatever M is, unless it deals out blocks of K (`Tactic.stream`). As dispatched,
+    `exact` does too: it sums K in one part. `folded` does not: the table dispatches by M (M / E with experts), and K is summed in
+    one part or, where it can be cut, in two: for M of 33 to 64, and of 257 to 512 with N and K of at most 12,288. Where bits must
+    not depend on the batch, name such a tactic.
     """
     torch = _torch()
     n, experts = weights.n, weights.experts
@@ -350,27 +394,46 @@ def gemm_w4a8_fp8(
             f"gemm_w4a8_fp8: got strides {a.stride()} of a and {out.stride()} of out, expected neighbouring elements in each "
             "row, rows that share none, and rows of a that start at multiples of 16 bytes; copy it"
         )
-    name = tactic or dispatch(variant, m if experts == 1 else -(-m // experts), n, k, weights.group)
-    if name not in TACTICS or not takes(TACTICS[name], variant, k, weights.group):
-        known = ", ".join(key for key, each in TACTICS.items() if takes(each, variant, k, weights.group))
-        raise ValueError(f"gemm_w4a8_fp8: got tactic {name!r}, expected one that takes {variant} with K = {k}: {known}")
+    grouped = counts is not None
+    name = tactic or dispatch(variant, m if experts == 1 else -(-m // experts), n, k, weights.group, grouped)
+    takers = _takers(variant, m, k, weights.group, grouped)
+    if name not in takers:
+        raise ValueError(
+            f"gemm_w4a8_fp8: got tactic {name!r}, expected one that takes {variant} with M = {m}, K = {k}: {', '.join(takers)}"
+        )
+    size = workspace_bytes(name, m, n, k)
+    if workspace is not None:
+        same_device("gemm_w4a8_fp8", out, workspace=workspace)
+        plain = workspace.is_contiguous() and workspace.dtype == torch.uint8
+        if workspace.numel() < size or not plain or workspace.data_ptr() % 16:
+            raise ValueError(
+                f"gemm_w4a8_fp8: got a workspace of {workspace.numel()} elements of {workspace.dtype}, expected {size} or more, "
+                "contiguous, of uint8, that start at a multiple of 16 bytes"
+            )
     if m:
         check("gemm_w4a8_fp8", out)
-    return _launch(a, weights, token_scale, channel_scale, bias, out, counts, variant, name, out.dtype == torch.float16, stream)
+    if workspace is None and size and m:
+        with torch.cuda.stream(stream):  # whose memory it is; None: the current one
+            workspace = torch.empty(size, dtype=torch.uint8, device=out.device)
+    half = out.dtype == torch.float16
+    return _launch(a, weights, token_scale, channel_scale, bias, out, counts, variant, name, half, workspace, stream)
 
 
 def _launch(
     a: Any, weights: PackedWeights, token_scale: Any, channel_scale: Any, bias: Any, out: Any, counts: Any, variant: str,
-    name: str, half: bool, stream: Any,
+    name: str, half: bool, memory: Any, stream: Any,
 ) -> str:
     if a.shape[0] == 0:
         return f"gemm_w4a8_{variant}_{name} (nothing to launch)"
+    if name in half_precision.TACTICS:
+        return half_precision.multiply(a, weights, token_scale, channel_scale, bias, out, memory, half, name, stream)
     stride = max(int(a.stride(0)), weights.k) if a.shape[0] == 1 else int(a.stride(0))
+    scratch = (None, 0) if memory is None else (memory.data_ptr(), int(memory.numel()))
     launch(
         "gemm_w4a8_fp8", _kernel(name, variant, weights.group), out, stream, a.data_ptr(), stride, weights.memory.data_ptr(),
         token_scale.data_ptr(), channel_scale.data_ptr(), None if bias is None else bias.data_ptr(), out.data_ptr(),
         int(out.stride(0)), None if counts is None else counts.data_ptr(), int(a.shape[0]), weights.n, weights.k, weights.experts,
-        int(half),
+        int(half), *scratch,
     )
     return f"gemm_w4a8_{variant}_{name}"
 
@@ -396,11 +459,12 @@ def stage(problem: Problem, tactic: str, activations: Mapping[str, TensorView]) 
 
 
 def run(
-    problem: Problem, tactic: str, state: Constants, inputs: Mapping[str, Any], outputs: Mapping[str, TensorView], workspace: Any,
-    stream: Any,
+    problem: Problem, tactic: str, state: Constants, inputs: Mapping[str, Any], outputs: Mapping[str, TensorView],
+    workspace: TensorView | None, stream: Any,
 ) -> str:
     """Launch the tactic on the stream and return the kernel's name."""
     return _launch(
         inputs["a"], state.weights, inputs["token_scale"], state.channel_scale, state.bias, outputs["d"].memory,
-        inputs.get("counts"), problem.variant, tactic, problem.option("out") == "f16", stream,
+        inputs.get("counts"), problem.variant, tactic, problem.option("out") == "f16",
+        None if workspace is None else workspace.memory, stream,
     )

@@ -1,24 +1,15 @@
 // Weights and group scales of gemm_w4a8_fp8 in the order in which gemm_w4a8.cu reads them, in one pass.
 //
-// Decides: the layout that the head of gemm_w4a8.cu describes. Rows beyond N and codes beyond K are zeros with a scale of zero.
-// Refuses nothing: gemm_w4a8.py does. Both forms of the weights hold two's complement codes: one per byte (low four bits), or
-// eight along K in a word, bits 4 i to 4 i + 3 holding k = 8 j + i. `flip` is XORed into every word (0x88888888: codes are value
-// + 8).
+// Decides: the layout that the head of gemm_w4a8.cu describes. Rows beyond N and codes beyond K stand for zero, with a scale of
+// zero. Refuses nothing: gemm_w4a8.py does. Both forms of the weights hold two's complement codes: one per byte (low four bits),
+// or eight along K in a word, bits 4 i to 4 i + 3 holding k = 8 j + i. `flip` is XORed into every word (0x88888888: codes are
+// value + 8).
 #include <cuda_runtime.h>
 #include <stdint.h>
 
 namespace {
 
 constexpr int THREADS = 256;
-
-// Bits 3, 7, 11, 15 to bits 7, 15, 23, 31.
-__device__ __forceinline__ uint32_t spread(uint32_t x) {
-  return (x & 0x8) << 4 | (x & 0x80) << 8 | (x & 0x800) << 12 | (x & 0x8000) << 16;
-}
-
-__device__ __forceinline__ uint32_t arrange(uint32_t codes) {
-  return (codes & 0x77777777u) | spread(codes & 0xFFFF) | spread(codes >> 16) >> 4;
-}
 
 // Sixteen bytes of a row of packed codes: k = 32 piece to 32 piece + 31.
 template <bool WORDS>
@@ -78,7 +69,7 @@ __global__ void __launch_bounds__(THREADS) pack(const uint8_t* weights, const ui
           const int step = 2 * run + i / 2, row = 16 * warp + lane / 4 + 8 * (i % 2), four = lane % 4;
           const uint32_t near = rows[half][row][4 * step + four / 2] >> (16 * (four % 2)) & 0xFFFF;
           const uint32_t far = rows[half][row][4 * step + 2 + four / 2] >> (16 * (four % 2));
-          words[i] = arrange(near | far << 16);
+          words[i] = (near | far << 16) ^ 0x88888888u;  // two's complement to value + 8
         }
         *reinterpret_cast<uint4*>(block + 2048 * run + 16 * thread) = make_uint4(words[0], words[1], words[2], words[3]);
       }

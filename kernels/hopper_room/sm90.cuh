@@ -81,6 +81,8 @@ DEVICE void copy_box_to(uint32_t to, const CUtensorMap* map, int x, int y, uint3
 DEVICE void prefetch_bulk(const void* from, uint32_t bytes) {
   asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
 }
+// The line that holds an address of global memory, into the L2 cache.
+DEVICE void prefetch_line(const void* from) { asm volatile("prefetch.global.L2 [%0];" ::"l"(from) : "memory"); }
 DEVICE void prefetch(const CUtensorMap* map) { asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory"); }
 
 // Data that is read once, and data that is read again by other blocks.
@@ -115,6 +117,22 @@ DEVICE void send(uint32_t there, float x, float y, float z, float w, uint32_t ba
   asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(there),
                "r"(__float_as_uint(x)), "r"(__float_as_uint(y)), "r"(__float_as_uint(z)), "r"(__float_as_uint(w)), "r"(barrier)
                : "memory");
+}
+
+// Sixteen bytes of global memory past the caches of one multiprocessor: what is stored is there for all of them once a fence has
+// passed, what is loaded is no older.
+DEVICE void store_device(float4* to, float4 value) {
+  asm volatile("st.relaxed.gpu.global.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(to), "f"(value.x), "f"(value.y), "f"(value.z),
+               "f"(value.w)
+               : "memory");
+}
+DEVICE float4 load_device(const float4* from) {
+  float4 value;
+  asm volatile("ld.relaxed.gpu.global.v4.f32 {%0, %1, %2, %3}, [%4];"
+               : "=f"(value.x), "=f"(value.y), "=f"(value.z), "=f"(value.w)
+               : "l"(from)
+               : "memory");
+  return value;
 }
 
 // Programmatic launches: what follows `launch_wait` sees all that the kernel before on the stream wrote.

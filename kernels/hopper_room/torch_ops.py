@@ -1,8 +1,9 @@
 """The public functions of this folder as operators of torch: torch.ops.lowbit.*, with shapes and dtypes for torch.compile.
 
-Decides: the schema of each operator, and what it allocates: outputs, and the scratch memory of one scale per tensor, by torch's
-own allocator, so that graphs may capture them. Operands may come from the kernel just ahead on the stream: no product starts to
-read them before it has ended. Importing this module registers all of them, once per process.
+Decides: the schema of each operator, and what it allocates: outputs, and the scratch memory of one scale per tensor and of
+products whose sums several workers share, by torch's own allocator, so that graphs may capture them. Operands may come from the
+kernel just ahead on the stream: no product starts to read them before it has ended. Importing this module registers all of them,
+once per process.
 Refuses: what the functions refuse. Nothing here computes, and there is no gradient: codes are steps.
 """
 

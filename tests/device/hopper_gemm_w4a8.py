@@ -4,8 +4,10 @@
     python tests/device/hopper_gemm_w4a8.py --bench --out FOLDER       # every tactic on the shapes of the table
 
 Decides: the expected bits of each tactic: the declared sums by references/cuda_dot on the GPU, scales and bias in binary32, one
-cast. Refuses nothing: the exit code is 1 where a bit differed or a byte outside the output changed. Needed are torch with CUDA,
-nvcc and a device of compute capability 9.0; `lowbit` may be a folder of links.
+cast. Where blocks of K are dealt out the declaration leaves open where K is cut; here it is worked out, tile by tile, from the
+number of multiprocessors, so that bits are compared there, too. Tactics of gemm_w4a8_f16.py are timed and not checked. Refuses
+nothing: the exit code is 1 where a bit differed or a byte outside the output changed. Needed are torch with CUDA, nvcc and a
+device of compute capability 9.0; `lowbit` may be a folder of links.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ import numpy as np
 import torch
 
 from lowbit.kernels.hopper_room import gemm_w4a8 as room
+from lowbit.kernels.hopper_room import gemm_w4a8_f16 as half_precision
 from lowbit.kernels.hopper_room.build import build_all
 from lowbit.references.cuda_dot import emulate_tiles
 from lowbit.references.datapaths import DATAPATHS
@@ -77,15 +80,58 @@ def drawn(m: int, n: int, k: int, group: int, kind: str, generator: torch.Genera
     }
 
 
-def sums(case: dict[str, torch.Tensor], variant: str, group: int, splits: int, products: torch.Tensor) -> torch.Tensor:
-    """The declared sum over K in binary32 [M, N]."""
-    a, q, scale = case["a"], case["q"], case["scale"]
-    k = a.shape[1]
+def ends_of(variant: str, k: int, group: int, splits: int) -> tuple[int, ...]:
+    """Where parts of K end that are the same for every tile."""
     unit = group if variant == "exact" else 32
     part = -(-k // (unit * splits)) * unit
+    return tuple(min(k, start + part) for start in range(0, k, part))
+
+
+def cuts(tactic: room.Tactic, m: int, n: int, k: int, processors: int) -> Iterator[tuple[slice, slice, tuple[int, ...]]]:
+    """(rows, columns, where parts of K end) of every tile of a tactic that deals out blocks of 128 k, unit by unit."""
+    height, blocks = 64 * tactic.bands * tactic.stream, -(-k // 128)
+    across, down = -(-n // height), -(-m // tactic.tokens)
+    tiles, most = across * down, processors // tactic.stream
+    workers = min(most, tiles * max(1, blocks // 4))
+    rest = tiles % workers
+    cut = 0 if rest == 0 else min(tiles, rest + workers)
+    each, more = divmod(cut * blocks, workers)
+    owner = [worker for worker in range(workers) for _ in range(each + (worker < more))]
+    index = 0
+    for first in range(0, down, 4):  # token tiles are neighbours four at a time
+        for column in range(across):
+            for row in range(first, min(first + 4, down)):
+                own = owner[index * blocks : (index + 1) * blocks] if index < cut else [0] * blocks
+                ends = [128 * i for i in range(1, blocks) if own[i] != own[i - 1]]
+                index += 1
+                yield (slice(row * tactic.tokens, min(m, (row + 1) * tactic.tokens)),
+                       slice(column * height, min(n, (column + 1) * height)), (*ends, k))
+
+
+def dealt(
+    case: dict[str, torch.Tensor], variant: str, group: int, tactic: room.Tactic, n: int, few: torch.Tensor,
+    products: torch.Tensor,
+) -> torch.Tensor:
+    """The sum over K in binary32 [M, columns of `few`], tile by tile; `case` has the rows of W that `few` names."""
+    m, k = case["a"].shape
+    processors = torch.cuda.get_device_properties(0).multi_processor_count
+    found = torch.full((m, len(few)), float("nan"), device="cuda")
+    for rows, columns, ends in cuts(tactic, m, n, k, processors):
+        mine = ((few >= columns.start) & (few < columns.stop)).nonzero().flatten()
+        if len(mine):
+            part = {"a": case["a"][rows], "q": case["q"][mine], "scale": case["scale"][mine]}
+            found[rows, mine] = sums(part, variant, group, ends, products)
+    return found
+
+
+def sums(
+    case: dict[str, torch.Tensor], variant: str, group: int, ends: tuple[int, ...], products: torch.Tensor
+) -> torch.Tensor:
+    """The declared sum over K in binary32 [M, N], in parts of K that end at `ends`."""
+    a, q, scale = case["a"], case["q"], case["scale"]
     total = None
-    for start in range(0, k, part):
-        here = slice(start, min(k, start + part))
+    for start, stop in zip((0, *ends), ends, strict=False):
+        here = slice(start, stop)
         if variant == "folded":
             w = products[scale.long().repeat_interleave(group, 1)[:, here], q[:, here].long()]
             codes = emulate_tiles(a[None, :, here].contiguous(), w[None].contiguous(), PATH, (E4M3FN, E4M3FN))
@@ -141,12 +187,15 @@ def check(report: dict[str, Any]) -> int:
         few = torch.arange(n, device="cuda") if whole_n else torch.randperm(n, generator=generator, device="cuda")[:512]
         sample = {**case, "q": case["q"][few], "scale": case["scale"][few]}
         for variant in ("folded", "exact"):
-            known: dict[int, torch.Tensor] = {}
+            known: dict[Any, torch.Tensor] = {}
             for name, tactic in room.TACTICS.items():
-                if not room.takes(tactic, variant, k, group):
+                if not room.takes(name, variant, m, k, group, False):
                     continue
-                if tactic.parts not in known:
-                    known[tactic.parts] = sums(sample, variant, group, tactic.parts, products)
+                ends = ends_of(variant, k, group, tactic.parts)
+                key = name if tactic.stream else ends
+                if key not in known:
+                    known[key] = (dealt(sample, variant, group, tactic, n, few, products) if tactic.stream else
+                                  sums(sample, variant, group, ends, products))
                 for dtype, bias in ((torch.bfloat16, False), (torch.float16, True)):
                     pad = 8 if bias else 3
                     whole = torch.full((m + 1, n + pad), float("nan"), dtype=dtype, device="cuda")
@@ -156,7 +205,7 @@ def check(report: dict[str, Any]) -> int:
                         variant=variant, tactic=name,
                     )
                     cut = {**sample, "channel": case["channel"][few], "bias": case["bias"][few]}
-                    bad = differing(out[:, few], expected(cut, known[tactic.parts], dtype, bias))
+                    bad = differing(out[:, few], expected(cut, known[key], dtype, bias))
                     outside = int((~whole[m:].isnan()).sum() + (~whole[:, n:].isnan()).sum())
                     rows.append([m, n, k, group, kind, variant, name, str(dtype)[6:], bad, outside, m * len(few)])
                     if bad or outside:
@@ -183,8 +232,9 @@ def check_grouped(report: dict[str, Any]) -> int:
         rows = torch.tensor(counts, dtype=torch.int32, device="cuda")
         for variant in ("folded", "exact"):
             for name, tactic in room.TACTICS.items():
-                if not room.takes(tactic, variant, k, group):
+                if not room.takes(name, variant, m, k, group, True):
                     continue
+                ends = ends_of(variant, k, group, tactic.parts)
                 for dtype, biased in ((torch.bfloat16, False), (torch.float16, True)):
                     out = torch.full((m, n), float("nan"), dtype=dtype, device="cuda")
                     room.gemm_w4a8_fp8(
@@ -192,7 +242,7 @@ def check_grouped(report: dict[str, Any]) -> int:
                         tactic=name,
                     )
                     want = [
-                        expected(c, sums(c, variant, group, tactic.parts, products), dtype, biased) for c in cases if len(c["a"])
+                        expected(c, sums(c, variant, group, ends, products), dtype, biased) for c in cases if len(c["a"])
                     ]
                     bad = differing(out, torch.cat(want)) if want else 0
                     runs += 1
@@ -254,8 +304,10 @@ def measured(
         size = n * k / 2 + n * k / 128 + m * k + 2 * m * n
         roof = max(size / 4.40e6, 2 * m * n * k / 1330e6)  # GB/s that a plain read reached, TFLOP/s of fp8 on random data
         for variant in variants:
-            for name, tactic in room.TACTICS.items():
-                if (wanted and name not in wanted) or not room.takes(tactic, variant, k, 128) or not fits(tactic, m):
+            tokens = {name: tactic.tokens for name, tactic in room.TACTICS.items()}
+            tokens |= {name: tactic.tokens for name, tactic in half_precision.TACTICS.items()}
+            for name in wanted or tokens:
+                if not room.takes(name, variant, m, k, 128, False) or not fits(tokens[name], m):
                     continue
                 if time.time() > until:
                     return
@@ -267,10 +319,10 @@ def measured(
                 yield {"variant": variant, "m": m, "n": n, "k": k, "tactic": name, "us": us, "roof_us": roof}
 
 
-def fits(tactic: room.Tactic, m: int) -> bool:
+def fits(tokens: int, m: int) -> bool:
     """Tiles whose tokens are not far from M: the others are slower by construction."""
-    tokens = 1 << (m - 1).bit_length() if m > 1 else 1
-    return min(tokens, 64) <= tactic.tokens <= max(16, 2 * tokens)
+    near = 1 << (m - 1).bit_length() if m > 1 else 1
+    return min(near, 64) <= tokens <= max(16, 2 * near)
 
 
 def main() -> int:

@@ -1,8 +1,9 @@
 """The Hopper kernels without a device: every library compiles, and its machine code is what the kernels are written for.
 
-Decides: that all is built for sm_90a, that products run on the warpgroup matrix unit for fp8 and on no other, fed by the copy
-engine, that nothing is kept in local memory, and that conversions and 16-byte loads are single instructions. Each rule is also
-shown to refuse an altered disassembly. Refuses: to stand in for a device.
+Decides: that all is built for sm_90a, that products run on the warpgroup matrix unit, for fp8 or (gemm_w4a8_f16.cu) binary16, and
+on no other, fed by the copy engine, that several products run between two fences (the compiler makes each wait for the one before
+where it cannot follow their registers), that nothing is kept in local memory, and that conversions and 16-byte loads are single
+instructions. Each rule is also shown to refuse an altered disassembly. Refuses: to stand in for a device.
 Named check_ so that `pytest` does not collect it by itself: it needs nvcc and cuobjdump, and runs in the session that installs
 them:
 
@@ -27,6 +28,7 @@ from lowbit.kernels.hopper_room import build
 from lowbit.kernels.hopper_room.build import build_all, compiler
 
 _MATRIX = re.compile(r"^(Q|H|I|D)?G?MMA$")
+_HALF = ("gemm_w4a8_f16.cu",)
 _CONVERSION = "F2FP.SATFINITE.E4M3.F32.PACK_AB_MERGE_C"
 
 
@@ -48,7 +50,7 @@ def complaints(source: str, sass: str) -> Iterator[str]:
     """What a disassembly of a library of `source` shows that should not be there, or lacks."""
     if architectures(sass) != {"sm_90a"}:
         yield f"architectures {sorted(architectures(sass))}"
-    functions = parts(sass)
+    functions, unit = parts(sass), "HGMMA" if source in _HALF else "QGMMA"
     if not functions:
         yield "no function"
     roots = Counter[str]()
@@ -59,17 +61,19 @@ def complaints(source: str, sass: str) -> Iterator[str]:
         roots += here
         if here["LDL"] + here["STL"]:
             yield f"{name}: {here['LDL'] + here['STL']} accesses to local memory"
-        others = [root for root in here if _MATRIX.match(root) and root != "QGMMA"]
+        others = [root for root in here if _MATRIX.match(root) and root != unit]
         if others:
             yield f"{name}: matrix opcodes {others}"
+        if here[unit] and opcodes["WARPGROUP.ARRIVE"] >= here[unit]:
+            yield f"{name}: {here[unit]} products wait for each other"
     all_opcodes = sum(functions.values(), Counter[str]())
     products = source.startswith("gemm") and not source.endswith("_pack.cu")
-    if products and not roots["QGMMA"]:
-        yield "no QGMMA"
+    if products and not roots[unit]:
+        yield f"no {unit}"
     if products and not roots["UTMALDG"] + roots["UBLKCP"]:
         yield "no copy by the engine"
-    if not products and roots["QGMMA"]:
-        yield "QGMMA where nothing is multiplied"
+    if not products and roots[unit]:
+        yield f"{unit} where nothing is multiplied"
     if source in ("quantisers.cu", "encodings.cu"):
         if not any(opcode.startswith("LDG.E") and ".128" in opcode for opcode in all_opcodes):
             yield "no loads of 16 bytes"
@@ -108,9 +112,12 @@ def altered(source: str, text: str) -> Iterator[tuple[str, str]]:
     """(altered disassembly, what must be said of it)."""
     yield text.replace("sm_90a", "sm_90"), "architectures ['sm_90']"
     yield text.replace("LDG.E", "LDL.E"), "local memory"
-    if source.startswith("gemm") and "QGMMA" in text:
-        yield text.replace("QGMMA", "FFMA"), "no QGMMA"
-        yield text.replace("QGMMA", "QMMA"), "matrix opcodes ['QMMA']"
+    if source.startswith("gemm") and "GMMA" in text:
+        unit = "HGMMA" if "HGMMA" in text else "QGMMA"
+        yield text.replace(unit, "FFMA"), f"no {unit}"
+        yield text.replace(unit, "IGMMA"), "matrix opcodes ['IGMMA']"
+        line = next(line for line in text.splitlines() if "WARPGROUP.ARRIVE" in line)
+        yield text.replace(line, "\n".join([line] * 99), 1), "products wait for each other"
         yield text.replace("UTMALDG", "LDG").replace("UBLKCP", "LDG"), "no copy by the engine"
     elif source in ("encodings.cu", "quantisers.cu"):
         yield text.replace(_CONVERSION, "F2FP.F16.F32.PACK_AB"), f"no {_CONVERSION}"

@@ -28,7 +28,8 @@ _EXACT = "gemm_w4a8_fp8/exact/m40n200k1280g64/f16/normal/s1"
 _FAST = "gemm_w8a8_fp8/scaled/m140n392k2064/bf16/normal/s1"
 _SHORT = "gemm_w8a8_fp8/scaled/m140n392k272/bf16/normal/s1"
 _BLOCK = "gemm_w8a8_fp8/block/m70n264k640/f16/normal/s1"
-_W4, _W8, _PTX, _F, _E = "gemm_w4a8.cu", "gemm_w8a8.cu", "sm90.cuh", "fp8.cuh", "encodings.cu"
+_W4, _TILES, _W8 = "gemm_w4a8.cu", "gemm_w4a8_tiles.cuh", "gemm_w8a8.cu"
+_PTX, _F, _E = "sm90.cuh", "fp8.cuh", "encodings.cu"
 
 _TWO_STAGES = ("#ifndef EXACT\n", "#undef STAGES\n#define STAGES 2\n#ifndef EXACT\n")
 
@@ -39,9 +40,8 @@ MUTANTS: dict[str, Mutant] = {
     "released_early": Mutant(
         {_W4: (
             (
-                "      wgmma_wait<1>();  // the whole block before is done\n"
-                "      if (i == 0 && k > 0) release(empty, held, thread);\n",
-                "      if (i == 0 && k > 0) release(empty, held, thread);\n      wgmma_wait<1>();\n",
+                "    wgmma_wait<1>();  // the whole block before is done\n    if (left < blocks) release(empty, held, thread);\n",
+                "    if (left < blocks) release(empty, held, thread);\n    wgmma_wait<1>();\n",
             ),
         )},
         _FOLDED, "128x16_k1x1@early-late-s1-p2", "bits",
@@ -49,37 +49,34 @@ MUTANTS: dict[str, Mutant] = {
     "released_early_exact": Mutant(
         {_W4: (
             (
-                "      wgmma_wait<0>();\n      if (i + 1 == DEPTH || k + i + 1 >= crew.blocks) release(empty, stage, thread);\n",
-                "      if (i + 1 == DEPTH || k + i + 1 >= crew.blocks) release(empty, stage, thread);\n      wgmma_wait<0>();\n",
+                "    wgmma_wait<0>();\n    release(empty, done, thread);\n",
+                "    release(empty, done, thread);\n    wgmma_wait<0>();\n",
             ),
         )},
         _EXACT, "128x16_k1x1@early-late-s1-p2", "bits",
     ),
     "no_wait_for_data": Mutant(
         {_W4: (
-            (
-                "      } else if (k + DEPTH < crew.blocks) {\n        wait(full + 8 * ring.stage, ring.phase);\n",
-                "      } else if (k + DEPTH < crew.blocks) {\n",
-            ),
+            ("      if (left > 2) wait(full + 8 * ahead.stage, ahead.phase);\n    } else", "    } else"),
         )},
         _FOLDED, "128x16_k1x1@late-early-s1-p2", "bits|more than",
     ),
     "one_arrival_too_many": Mutant(
         {_W4: (
-            ("8 * (STAGES + i), 4 * WARPGROUPS);", "8 * (STAGES + i), 4 * WARPGROUPS + 1);"),
+            ("4 * WARPGROUPS * CLUSTER);", "4 * WARPGROUPS * CLUSTER + 1);"),
         )},
         _FOLDED, "128x16_k1x1@early-late-s1-p2", "deadlock.*lacks 1 of 9 arrivals",
     ),
     "one_arrival_too_few": Mutant(
         {_W4: (
-            ("8 * (STAGES + i), 4 * WARPGROUPS);", "8 * (STAGES + i), 4 * WARPGROUPS - 1);"),
+            ("4 * WARPGROUPS * CLUSTER);", "4 * WARPGROUPS * CLUSTER - 1);"),
             _TWO_STAGES,
         )},
         _FOLDED, "128x16_k1x1@early-late-s1-p2", "bits|deadlock",
     ),
     "fragment_overwritten": Mutant(
         {_W4: (
-            ("      wgmma_wait<1>();  // the first half of the block before is done: its registers are free\n", ""),
+            ("    wgmma_wait<1>();  // the first half of the block before is done: its registers are free\n", ""),
         )},
         _FOLDED, "128x32_k1x1@early-late-s2-p2", "bits",
     ),
@@ -123,7 +120,7 @@ MUTANTS: dict[str, Mutant] = {
         _FOLDED, "128x16_k1x2@late-early-s1-p2", "bits|more than",
     ),
     "swizzle_of_staging": Mutant(
-        {_W4: (
+        {_TILES: (
             ("((2 * warp + matrix % 2) ^ (lane % 8)) << 4", "(2 * warp + matrix % 2) << 4"),
         )},
         _FOLDED, "128x32_k1x1@late-early-s1-p2", "bits",
@@ -138,13 +135,13 @@ MUTANTS: dict[str, Mutant] = {
         _FOLDED, "128x32_k1x1@late-early-s1-p2", "bits",
     ),
     "staging_not_awaited": Mutant(
-        {_W4: (
+        {_TILES: (
             ("words[2], words[3]);\n    }\n    sync_threads(1 + band, 128);\n", "words[2], words[3]);\n    }\n"),
         )},
         _FOLDED, "128x32_k1x1@early-late-s1-p2", "bits",
     ),
     "staging_used_again": Mutant(
-        {_W4: (
+        {_TILES: (
             ("      }\n    }\n    sync_threads(1 + band, 128);\n  }\n}\n", "      }\n    }\n  }\n}\n"),
         )},
         _FOLDED, "128x64_k1x1@early-late-s1-p2", "bits",
@@ -153,7 +150,7 @@ MUTANTS: dict[str, Mutant] = {
         {_W4: (
             ("    sync_threads(1 + BANDS, THREADS - 128);\n", ""),
         )},
-        _FOLDED, "128x16_k1x1@early-early-s1-p2", "bits",
+        _FOLDED, "128x16_k1x1@early-early-s8-p2", "bits",
     ),
     "barriers_not_fenced": Mutant(
         {_W4: (
@@ -164,7 +161,7 @@ MUTANTS: dict[str, Mutant] = {
     "cluster_not_met": Mutant(
         {_W4: (
             (
-                "  __syncthreads();\n  if (SPLITS > 1) {\n    cluster_arrive();\n    cluster_wait();\n  }\n",
+                "  __syncthreads();\n  if (BLOCKS > 1) {\n    cluster_arrive();\n    cluster_wait();\n  }\n",
                 "  __syncthreads();\n",
             ),
         )},
@@ -182,23 +179,28 @@ MUTANTS: dict[str, Mutant] = {
         )},
         _FOLDED, "128x16_k1x2@early-late-s1-p2", "bits|deadlock|more",
     ),
-    "launch_not_awaited": Mutant(
+    "copies_not_awaited": Mutant(
         {_W4: (
-            ("the shorter one\n    launch_wait();\n", "the shorter one\n"),
+            ("      launch_wait();\n      copy_tiles<false>", "      copy_tiles<false>"),
         )},
         _FOLDED, "128x16_k1x1@early-late-s1-p2-ahead", "bits",
     ),
-    "copies_not_awaited": Mutant(
+    "both_launches_not_awaited": Mutant(
         {_W4: (
-            ("      launch_wait();\n      copy_tiles", "      copy_tiles"),
+            ("memory + AT_EPILOGUE};\n    launch_wait();\n", "memory + AT_EPILOGUE};\n"),
+            ("      launch_wait();\n      copy_tiles<true>", "      copy_tiles<true>"),
+            ("      launch_wait();\n      copy_tiles<false>", "      copy_tiles<false>"),
         )},
         _FOLDED, "128x16_k1x1@early-late-s1-p2-ahead", "bits",
     ),
     "bytes_expected": Mutant(
         {_W4: (
-            ("whole * (BANDS * BLOCK_BYTES + TILE_BYTES)", "whole * (BANDS * BLOCK_BYTES + TILE_BYTES) + 16"),
+            (
+                "filled * (WEIGHTS ? BANDS * BLOCK_BYTES : TILE_BYTES)",
+                "filled * (WEIGHTS ? BANDS * BLOCK_BYTES : TILE_BYTES) + 16",
+            ),
         )},
-        _FOLDED, "128x16_k1x1@early-late-s1-p2", "deadlock.*lacks 0 of 1 arrivals, 16 bytes",
+        _FOLDED, "128x16_k1x1@early-late-s1-p2", "deadlock.*lacks 0 of 2 arrivals, 32 bytes",
     ),
     "registers_beyond": Mutant(
         {_W4: (
@@ -207,7 +209,7 @@ MUTANTS: dict[str, Mutant] = {
         _FOLDED, "128x16_k1x1@early-late-s1-p2", r"wait for setmaxnreg\.inc, \d+ registers are free",
     ),
     "row_beyond": Mutant(
-        {_W4: (
+        {_TILES: (
             ("n < p.n && (chunk + token)", "n <= p.n && (chunk + token)"),
         )},
         _FOLDED, "128x16_k1x1@early-late-s1-p2", "bits|written|access",
