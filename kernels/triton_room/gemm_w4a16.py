@@ -8,8 +8,9 @@ match K tiles: every quarter of a block of 128 k looks its groups up. The dispat
 same bits whatever M is under one tactic only. Refuses: problems outside gemm_w4a16.
 
 Weights are the left operand, which comes from registers: D^T [BLOCK_N, BLOCK_M] is what accumulates. One product per block of
-128 k, and nothing else touches the sum: only then do Triton and ptxas let the matrix unit work while the next weights are
-decoded (after a second product in the loop Triton waits; where the loop could be skipped, ptxas may, after every instruction).
+128 k, and nothing else touches the sum: only then do Triton and ptxas leave its instructions in flight (after a second product in
+the loop Triton waits; where the loop could be skipped, ptxas may, after every instruction). The next weights are loaded and taken
+apart meanwhile, and made when the instructions are done (`settled`); then the matrix unit has other programs and warp groups.
 
 Shapes: A [M, K]; W [ceil(K/128), N, 32] int16, so that a tile is one piece of memory: word j of a block of 128 k holds k = j,
 32 + j, 64 + j and 96 + j, the first in bits 0 to 3, so that two words in a register are four pairs of neighbours; scales [K/G, N]
@@ -58,9 +59,9 @@ from lowbit.kernels.triton_room.machine import Machine, here
 from lowbit.kernels.triton_room.memory import rows_of, scratch, tensor
 
 __all__ = [
-    "MUTANTS", "OPS", "Tile", "decode", "decode_w4a16", "declaration", "gemm_w4a16", "launch", "meta", "pack", "pack_scales",
-    "prepare", "run", "signature", "splits_of", "stage", "tactics", "tactics_of", "tile_of", "unsupported", "w4a16_gemm",
-    "workspace",
+    "MUTANTS", "OPS", "Tile", "decode", "decode_w4a16", "declaration", "dialect", "gemm_w4a16", "launch", "meta", "pack",
+    "pack_scales", "prepare", "run", "signature", "splits_of", "stage", "tactics", "tactics_of", "tile_of", "unsupported",
+    "w4a16_gemm", "workspace",
 ]
 
 OPS = ("gemm_w4a16",)
@@ -146,7 +147,7 @@ def words_of(  # type: ignore[no-untyped-def]
     [BLOCK_N, 32]. `scales`: pointers [BLOCK_N] into the first group. GROUP: k of a group, 0 for all of K. Beyond K the last group
     stands in. One column is a load of its own shape: it leaves the layout of the codes alone."""
     if GROUP == 0:
-        return tl.load(scales)[:, None]
+        return tl.load(scales + offsets(block * 128 // k, n, FAULT))[:, None]
     elif GROUP >= 128 or FAULT == "one_scale_per_tile":
         return tl.load(scales + offsets(block * 128 // GROUP, n, FAULT))[:, None]
     elif GROUP >= 32:
@@ -171,22 +172,47 @@ def quarter_of(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def settled(words, PTX: tl.constexpr):  # type: ignore[no-untyped-def]
+    """int32 `words`, under PTX = 2 once no matrix instruction of the warp group is unfinished.
+
+    The weights made of them take the registers from which the instructions of the block before have their left operand. Triton
+    3.6 lets them: it waits for the first of eight groups of instructions only (PTX ISA, wgmma.wait_group; wrong sums on an H200).
+    """
+    if PTX == 2:
+        return tl.inline_asm_elementwise(
+            "wgmma.wait_group.sync.aligned 0; mov.b32 $0, $1;", "=r,r", [words], dtype=tl.int32, is_pure=True, pack=1)
+    else:
+        return words
+
+
+@triton.jit
+def visible(words, PTX: tl.constexpr, DESCRIBED: tl.constexpr):  # type: ignore[no-untyped-def]
+    """int32 `words` of a block, under PTX = 2 once its tile of A is visible to matrix instructions, where the copy engine did not
+    bring it (PTX ISA, async proxy). The words were copied with it: this comes after the barrier behind both."""
+    if PTX == 2 and not DESCRIBED:
+        return tl.inline_asm_elementwise(
+            "fence.proxy.async.shared::cta; mov.b32 $0, $1;", "=r,r", [words], dtype=tl.int32, is_pure=True, pack=1)
+    else:
+        return words
+
+
+@triton.jit
 def block_of(  # type: ignore[no-untyped-def]
     w, scales, n, k, block, ZERO: tl.constexpr, GROUP: tl.constexpr, RAGGED: tl.constexpr, IS_BF16: tl.constexpr,
-    NATIVE: tl.constexpr, PTX: tl.constexpr, FAULT: tl.constexpr, BLOCK_N: tl.constexpr,
+    NATIVE: tl.constexpr, PTX: tl.constexpr, DESCRIBED: tl.constexpr, FAULT: tl.constexpr, BLOCK_N: tl.constexpr,
 ):
     """Weights [BLOCK_N, 128] of a block of 128 k, its quarters side by side: elements under NATIVE, otherwise binary32 values.
     `w`, `scales`: pointers [BLOCK_N, 32] into the first block and [BLOCK_N] into the first group. Words of scales are loaded anew
     where a quarter begins a group."""
     q0, q1, q2, q3 = unpacked(tl.load(w + offsets(block, n, FAULT) * 32), IS_BF16, PTX)
-    s0 = words_of(scales, n, k, block, 0, GROUP, FAULT)
+    s0 = settled(visible(words_of(scales, n, k, block, 0, GROUP, FAULT), PTX, DESCRIBED), PTX)
     s1, s2, s3 = s0, s0, s0
     if GROUP > 0 and GROUP < 128 and FAULT != "one_scale_per_tile":
-        s2 = words_of(scales, n, k, block, 2, GROUP, FAULT)
+        s2 = settled(words_of(scales, n, k, block, 2, GROUP, FAULT), PTX)
         s1, s3 = s0, s2
         if GROUP < 64:
-            s1 = words_of(scales, n, k, block, 1, GROUP, FAULT)
-            s3 = words_of(scales, n, k, block, 3, GROUP, FAULT)
+            s1 = settled(words_of(scales, n, k, block, 1, GROUP, FAULT), PTX)
+            s3 = settled(words_of(scales, n, k, block, 3, GROUP, FAULT), PTX)
     w0 = quarter_of(q0, s0, block, k, 0, ZERO, RAGGED, IS_BF16, NATIVE, PTX, FAULT)
     w1 = quarter_of(q1, s1, block, k, 1, ZERO, RAGGED, IS_BF16, NATIVE, PTX, FAULT)
     w2 = quarter_of(q2, s2, block, k, 2, ZERO, RAGGED, IS_BF16, NATIVE, PTX, FAULT)
@@ -222,7 +248,7 @@ def w4a16_gemm(  # type: ignore[no-untyped-def]
     total = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
     for step in range(0, share):
         block = tl.program_id(1) * share + step
-        left = block_of(words, scale_words, n, k, block, ZERO, GROUP, RAGGED, IS_BF16, NATIVE, PTX, FAULT, BLOCK_N)
+        left = block_of(words, scale_words, n, k, block, ZERO, GROUP, RAGGED, IS_BF16, NATIVE, PTX, DESCRIBED, FAULT, BLOCK_N)
         right = read_tile(a, tile_m * BLOCK_M, m, block * 128, k, a_stride, BLOCK_M, 128, DESCRIBED, FAULT)
         total = product16(left, right, total, IS_BF16, NATIVE)
     if SPLITS == 1:
@@ -285,21 +311,23 @@ class Tile:
 
 _INTERPRETED = Tile(64, 128)
 TILES: tuple[tuple[int, Tile], ...] = (
-    (16, Tile(16, 128, described=False)), (32, Tile(32, 128, described=False)), (64, Tile(64, 128, 8, described=False)),
-    (128, Tile(128, 128, 8)), (1 << 62, Tile(256, 128, 8, 3)),
+    (16, Tile(16, 128)), (32, Tile(32, 128)), (64, Tile(64, 128)), (128, Tile(128, 128, 8)), (1 << 62, Tile(256, 128, 8, 3)),
 )
 """(largest M, tile), in ascending M. Sizes, warps and stages: the fastest of those tried on an H200 (tests/device/triton_gemms.py
-tune) before the kernel took one product per block of 128 k; that of 128 rows was not tried, it has half the products of that of
-256. `described` up to 64 rows: without it the loop has a tenth fewer instructions on sm_90, which was counted, not timed."""
+tune) or within a tenth of it. A comes by the copy engine: by pointers, with the fence that those need, up to 16 rows took from a
+twentieth less to a tenth more."""
 DECODED = gemm_16bit.Tile(256, 128)
 """The tile of the product of decoded weights, found likewise."""
 
-_DECODED_ROWS = 1024
-"""Rows from which the dispatch decodes W into memory first."""
-_SPLIT_ROWS, _SPLIT_ROWS_OFFERED = 64, 512
-"""Rows up to which it splits K, and up to which a split is offered beside its choice: with the kernel as it was, adding the parts
-of more rows mostly cost more than the programs gained."""
 _SPLITS = (1, 2, 4, 8)
+_LONGEST: tuple[tuple[int, int], ...] = ((32, 3072), (64, 6144))
+"""(largest M, longest part of K): up to 64 rows weights are what there is to read, and parts of so much bring enough of them at
+once. On an H200 these were within a tenth of the fastest of 2, 4 and 8 parts."""
+_SPLIT_ROWS = 512
+"""Rows beyond which K is not split: the tiles of D are enough programs."""
+_FILLED = 0.8
+"""Share of their rounds of the device that the programs of 65 to 512 rows are to fill: on an H200, further parts of K cost more
+in adding them than they filled."""
 _MULTIPROCESSORS = 132
 
 
@@ -308,14 +336,19 @@ def tile_of(m: int, machine: Machine) -> Tile:
     return next(tile for most, tile in TILES if m <= most) if machine.native else _INTERPRETED
 
 
-def splits_of(m: int, n: int, k: int, machine: Machine, most: int = _SPLIT_ROWS) -> int:
-    """Equal parts of K, each whole blocks, that the dispatch takes: the fewest whose programs fill nine tenths of their rounds of
-    the device, otherwise those that fill most; 1 beyond `most` rows."""
+def splits_of(m: int, n: int, k: int, machine: Machine) -> int:
+    """Equal parts of K, each whole blocks, that the dispatch takes. Up to 64 rows the fewest that are within `_LONGEST` and that
+    give every multiprocessor a program, otherwise the most; up to 512 the fewest whose programs fill four fifths of their rounds
+    of the device, otherwise those that fill most; beyond, and for M = 0, 1."""
+    fit = [parts for parts in _SPLITS if 0 < m <= _SPLIT_ROWS and k % (parts * _BLOCK) == 0]
     shape = tile_of(m, machine)
     programs = -(-m // shape.m) * -(-n // shape.n)
-    fit = [parts for parts in _SPLITS if m <= most and k % (parts * _BLOCK) == 0] if m else []
+    longest = next((length for most, length in _LONGEST if m <= most), 0)
+    if longest:
+        enough = (parts for parts in fit if k // parts <= longest and programs * parts >= _MULTIPROCESSORS)
+        return next(enough, max(fit, default=1))
     filled = {parts: programs * parts / (-(-programs * parts // _MULTIPROCESSORS) * _MULTIPROCESSORS) for parts in fit}
-    return next((parts for parts in fit if filled[parts] >= 0.9), max(fit, key=lambda parts: filled[parts], default=1))
+    return next((parts for parts in fit if filled[parts] >= _FILLED), max(fit, key=lambda parts: filled[parts], default=1))
 
 
 def unsupported(problem: Problem, machine: Machine) -> str | None:
@@ -338,11 +371,8 @@ def tactics(problem: Problem, machine: Machine) -> tuple[str, ...]:
 def tactics_of(m: int, n: int, k: int, machine: Machine) -> tuple[str, ...]:
     """The dispatch's choice first; "whole" and "decoded" take every problem. The choice depends on M: batch invariance, which
     `declaration` says, is that of a tactic, not of the dispatch."""
-    if m >= _DECODED_ROWS:
-        return "decoded", "whole"
-    splits = splits_of(m, n, k, machine, _SPLIT_ROWS_OFFERED)
-    split = (f"split{splits}",) if splits > 1 else ()
-    return (*split, "whole", "decoded") if m <= _SPLIT_ROWS else ("whole", *split, "decoded")
+    splits = splits_of(m, n, k, machine)
+    return (*((f"split{splits}",) if splits > 1 else ()), "whole", "decoded")
 
 
 def _splits(tactic: str, k: int) -> int:
@@ -423,11 +453,7 @@ def gemm_w4a16(
     Allocates the workspace of the tactic that it takes."""
     m, n, k, machine = a.shape[0], w.shape[1], a.shape[1], here()
     splits = splits_of(m, n, k, machine)
-    memory: torch.Tensor | None = None
-    if m >= _DECODED_ROWS:
-        memory = torch.empty((n, k), dtype=torch.int16, device=a.device)
-    elif splits > 1:
-        memory = torch.empty((splits, m, n), dtype=torch.float32, device=a.device)
+    memory = torch.empty((splits, m, n), dtype=torch.float32, device=a.device) if splits > 1 else None
     given = {"a": a, "bias": bias}
     tensors = {name: x.view(torch.int16) for name, x in given.items() if x is not None} | {"w": w, "scales": scales}
     d = torch.empty((m, n), dtype=a.dtype, device=a.device)
@@ -450,6 +476,11 @@ def decode(
         GROUP=_group(k, g), IS_BF16=int(bf16), NATIVE=int(machine.native), PTX=int(speaks_ptx(machine)), FAULT=fault,
         BLOCK_N=64, num_warps=4, **OPTIONS,
     )
+
+
+def dialect(machine: Machine) -> int:
+    """PTX that `w4a16_gemm` may hold: 0 none, 1 that of every NVIDIA device, 2 also that of warp-group products."""
+    return int(speaks_ptx(machine)) + int(machine.name == "hopper")
 
 
 def _group(k: int, g: int) -> int:
@@ -486,7 +517,7 @@ def launch(
         w4a16_gemm[(triton.cdiv(m, shape.m) * triton.cdiv(n, shape.n), splits)](
             a if left is None else left, w, scales, addend, d, d if memory is None else memory, m, n, k, a.stride(0),
             d.stride(0),
-            **meta(splits=splits, variant=variant, k=k, g=g, bias=bias, bf16=bf16, native=machine.native, ptx=speaks_ptx(machine),
+            **meta(splits=splits, variant=variant, k=k, g=g, bias=bias, bf16=bf16, native=machine.native, ptx=dialect(machine),
                    described=left is not None, fault=fault, tile=shape),
             num_warps=shape.warps, num_stages=shape.stages, **OPTIONS,
         )
@@ -499,13 +530,13 @@ def launch(
 
 
 def meta(
-    *, splits: int, variant: str, k: int, g: int, bias: str, bf16: bool, native: bool, ptx: bool, described: bool, fault: str,
+    *, splits: int, variant: str, k: int, g: int, bias: str, bf16: bool, native: bool, ptx: int, described: bool, fault: str,
     tile: Tile,
 ) -> dict[str, int | str]:
     """Compile-time arguments of `w4a16_gemm`."""
     return {
         "SPLITS": splits, "ZERO": _ZEROS[variant], "GROUP": _group(k, g), "RAGGED": int(k % _BLOCK != 0),
-        "BIAS": BIASES[bias], "IS_BF16": int(bf16), "NATIVE": int(native), "PTX": int(ptx), "DESCRIBED": int(described),
+        "BIAS": BIASES[bias], "IS_BF16": int(bf16), "NATIVE": int(native), "PTX": ptx, "DESCRIBED": int(described),
         "FAULT": fault, "BLOCK_M": tile.m, "BLOCK_N": tile.n, "BAND": tile.band,
     }
 

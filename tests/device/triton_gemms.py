@@ -1,11 +1,12 @@
 """The Triton GEMMs on a CUDA device: whether they compute integers exactly on many shapes, which tile is fastest, and how fast.
 
 Decides: nothing that the suite decides; the admissible sets are `lowbit certify triton`. Operands of the check are small integers
-and powers of two, so that no accumulator of 8 bits can round and D has one answer, which binary64 on the device gives. The check
-runs every tactic, in bf16 and binary16, of these variants, each with a bias before the cast: gemm_w8a8_fp8 scaled by token and
-channel, fn and fnuz; gemm_nvfp4 svdquant of rank 48; gemm_int4 f32 of rank 32; gemm_w4a16 zp; gemm_w4a8_int8 direct. The others,
-block scales, tensor scales, plain and nunchaku, half, sym and zpafter, viaf16, binary32 out and a bias after the cast, are for
-the suite. Refuses: a machine without a CUDA device.
+and powers of two, few in a row where operands have 8 bits, so that no accumulator can round and D has one answer, which binary64
+on the device gives. The check runs every tactic, in bf16 and binary16, of these variants, each with a bias before the cast:
+gemm_w8a8_fp8 scaled by token and channel, fn and fnuz; gemm_nvfp4 svdquant of rank 48; gemm_int4 f32 of rank 32; gemm_w4a16 zp,
+also with rows that are not aligned for the copy engine and with programs enough for a whole device; gemm_w4a8_int8 direct. The
+others, block scales, tensor scales, plain and nunchaku, half, sym and zpafter, viaf16, binary32 out and a bias after the cast,
+are for the suite. Refuses: a machine without a CUDA device.
 
     python tests/device/triton_gemms.py check                    # bits of the variants above, on every tactic: minutes
     python tests/device/triton_gemms.py tune OP[,OP...]          # tiles, printed by time; compiles on all cores first
@@ -129,19 +130,22 @@ def int4(m: int, n: int, k: int, out: torch.dtype, rank: int) -> Iterator[tuple[
 
 
 def w4a16(m: int, n: int, k: int, out: torch.dtype, g: int) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
-    a, q = thinned(randint(-2, 3, (m, k), out), 16), randint(0, 16, (n, k))
+    """A has few zeros, so that one wrong weight is seen in most rows. Its second form is not aligned for the copy engine."""
+    a, q = randint(-2, 3, (m, k), out), randint(0, 16, (n, k))
+    apart = torch.zeros((m, k + 8), dtype=out, device="cuda")[:, 4 : k + 4].copy_(a)
     scale, zero, bias = powers((k // g, n), out), randint(0, 16, (k // g, n)), randint(-4, 5, (n,), out)
     weight = (q.double() - zero.double().T.repeat_interleave(g, 1)) * scale.double().T.repeat_interleave(g, 1)
-    want = a.double() @ weight.T + bias.double()[None, :]
-    tensors = {"a": a.view(torch.int16), "w": gemm_w4a16.pack(q), "bias": bias.view(torch.int16)}
+    want = (a.double() @ weight.T + bias.double()[None, :]).to(out)
+    tensors = {"w": gemm_w4a16.pack(q), "bias": bias.view(torch.int16)}
     tensors["scales"] = gemm_w4a16.pack_scales(scale.T.contiguous().view(torch.int16), zero.T)
     memories = {"whole": None, "decoded": torch.empty((n, k), dtype=torch.int16, device="cuda")}
     memories |= {f"split{s}": torch.empty((s, m, n), device="cuda") for s in (2, 4, 8) if k % (128 * s) == 0}
-    for name, memory in memories.items():
+    forms = [(name, a, memory) for name, memory in memories.items()] + [("whole, A not aligned", apart, None)]
+    for name, rows, memory in forms:
         d = torch.empty((m, n), dtype=out, device="cuda").fill_(float("nan"))
-        gemm_w4a16.launch(tensors, d.view(torch.int16), memory, variant="zp", bias="bias", bf16=out is torch.bfloat16,
-                          machine=here())
-        yield f"w4a16 {name}", d, want.to(out)
+        gemm_w4a16.launch({**tensors, "a": rows.view(torch.int16)}, d.view(torch.int16), memory, variant="zp", bias="bias",
+                          bf16=out is torch.bfloat16, machine=here())
+        yield f"w4a16 {name}", d, want
 
 
 def w4a8(m: int, n: int, k: int, out: torch.dtype, g: int) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
@@ -160,6 +164,7 @@ def check_share(m: int, out: torch.dtype, seed: int) -> tuple[int, int]:
         jobs = [w8a8(m, n, k + 16, out, False), w8a8(m, n, k, out, True), nvfp4(m, n, k, out, 48), int4(m, n, k, out, 32)]
         for rows in (m, *W4A16_ROWS_TOO.get(m, ())):
             jobs += [w4a16(rows, n, k, out, g) for g in (16, 32, 64, 128, 256, k) if k % g == 0]
+            jobs += [w4a16(rows, 8448, 4096, out, g) for g in (32, 128, 4096) if n == 8]  # programs to fill a device
         jobs += [w4a8(m, n, k, out, g) for g in (32, 64, 128, k) if k % g == 0]
         jobs += [w4a8(m, n, 96, out, 96), w4a16(m, n, 200, out, 200), w4a16(m, n, 80, out, 16)]
         for name, got, want in itertools.chain.from_iterable(jobs):

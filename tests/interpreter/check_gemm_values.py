@@ -196,15 +196,18 @@ def test_a_split_into_parts_that_are_not_whole_blocks_is_refused() -> None:
     assert gemm_w4a16.workspace(problem, "whole", INTERPRETER) == 0
 
 
-@pytest.mark.parametrize(("m", "n", "want"), [
-    (64, 12288, ("split4", "whole", "decoded")),  # 96 tiles of 64 x 128: 96, 192 and 384 programs fill 73, 73 and 97 % of 132s
-    (65, 12288, ("whole", "split4", "decoded")),  # one row of tiles of 128 x 128: as many
-    (256, 12288, ("whole", "split4", "decoded")), (512, 12288, ("whole", "split2", "decoded")),  # 192 programs, 384 in two parts
-    (256, 16896, ("whole", "decoded")),  # 132 tiles
-    (513, 12288, ("whole", "decoded")), (1023, 12288, ("whole", "decoded")), (1024, 12288, ("decoded", "whole")),
+@pytest.mark.parametrize(("m", "n", "k", "want"), [
+    (0, 12288, 12288, ("whole", "decoded")),
+    (1, 73728, 12288, ("split4", "whole", "decoded")), (32, 12288, 36864, ("split8", "whole", "decoded")),  # 3072 and 4608 of K
+    (33, 12288, 12288, ("split2", "whole", "decoded")), (64, 12288, 36864, ("split8", "whole", "decoded")),  # 6144 and 4608
+    (64, 16896, 6144, ("whole", "decoded")), (64, 16768, 6144, ("split2", "whole", "decoded")),  # 132 and 131 tiles
+    (64, 12288, 640, ("whole", "decoded")), (1, 128, 768, ("split2", "whole", "decoded")),  # 5 and 6 blocks
+    (65, 12288, 12288, ("split4", "whole", "decoded")),  # 96 tiles: 96, 192 and 384 programs fill 73, 73 and 97 % of 132s
+    (256, 14336, 12288, ("whole", "decoded")), (512, 12288, 12288, ("split2", "whole", "decoded")),  # 112 fill 85 %; 384 of 396
+    (513, 12288, 12288, ("whole", "decoded")), (4096, 12288, 12288, ("whole", "decoded")),
 ])
-def test_w4a16_splits_few_rows_and_offers_to_split_some_more(m: int, n: int, want: tuple[str, ...]) -> None:
-    assert gemm_w4a16.tactics_of(m, n, 12288, MACHINES[9, 0]) == want
+def test_w4a16_splits_k_up_to_512_rows(m: int, n: int, k: int, want: tuple[str, ...]) -> None:
+    assert gemm_w4a16.tactics_of(m, n, k, MACHINES[9, 0]) == want
 
 
 def far_apart(stride: int, rows: int, width: int) -> torch.Tensor:

@@ -19,11 +19,12 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import triton
+from machine_code import disturbed
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
@@ -115,11 +116,11 @@ def int4(kind: str, machine: Machine = HOPPER) -> Build:
     return build(gemm_int4.int4_gemm, gemm_int4.signature(kind, described=True, tile=shape), meta, shape, machine, wants)
 
 
-def w4a16(m: int, machine: Machine = HOPPER, *, bf16: bool) -> Build:
-    shape = gemm_w4a16.tile_of(m, machine)
+def w4a16(m: int, machine: Machine = HOPPER, *, bf16: bool, g: int = 128, described: bool = True) -> Build:
+    shape = replace(gemm_w4a16.tile_of(m, machine), described=described)
     splits = gemm_w4a16.splits_of(m, 14336, 12288, machine)
-    meta = gemm_w4a16.meta(splits=splits, variant="zp", k=12288, g=128, bias="nobias", bf16=bf16, native=True, ptx=True,
-                           described=shape.described, fault="", tile=shape)
+    meta = gemm_w4a16.meta(splits=splits, variant="zp", k=12288, g=g, bias="nobias", bf16=bf16, native=True,
+                           ptx=gemm_w4a16.dialect(machine), described=shape.described, fault="", tile=shape)
     kind = "bf16" if bf16 else "f16"
     # the weight is rounded once, by the multiplication of its format, and on sm_90 comes from registers
     wants: tuple[str, ...] = (unit("f32", kind, 16, machine), rf"mul\.(?:rn\.)?{kind}(?:x2)?\s", r"lop3\.b32")
@@ -144,7 +145,9 @@ BUILDS = {
     "int4 as int8": int4("int8"), "int4 as e4m3": int4("fp8"), "int4 fused": int4("packed"),
     "w4a16 one row": w4a16(1, bf16=True), "w4a16 32 rows": w4a16(32, bf16=True), "w4a16 64 rows": w4a16(64, bf16=False),
     "w4a16 128 rows": w4a16(128, bf16=False), "w4a16 512 rows": w4a16(512, bf16=True),
-    "w4a16 decoded": dense(0, gemm_w4a16.DECODED, "plain"), "w4a8": w4a8(),
+    "w4a16 by pointers": w4a16(64, bf16=True, described=False),
+    "w4a16 by pointers, one group": w4a16(64, bf16=True, g=12288, described=False),
+    "w4a16 groups of 32": w4a16(512, bf16=False, g=32), "w4a16 decoded": dense(0, gemm_w4a16.DECODED, "plain"), "w4a8": w4a8(),
     # sm_80 has no e4m3 unit; tiles are those of sm_90
     "w8a8 as f16, sm_80": w8a8("f16", "decoded", AMPERE),
     "nvfp4 decoded, sm_80": dense(32, gemm_16bit.tile_of(4352, AMPERE), "svdquant", AMPERE),
@@ -200,13 +203,15 @@ def compiled(name: str, build: Build) -> Facts:
     found = triton.compile(source, target=GPUTarget("cuda", build.capability, 32), options=options)
     ptx, cubin = found.asm["ptx"], found.asm["cubin"]
     spills = len(re.findall(r"\b(?:LDL|STL)\b", listed("nvdisasm", cubin)))
-    registers = re.search(r"REG:(\d+)", listed("cuobjdump", cubin, "-res-usage"))
+    used = re.search(r"REG:(\d+)", listed("cuobjdump", cubin, "-res-usage"))
     missing = [f"{want} in PTX" for want in build.wants if not re.search(want, ptx)]
     missing += [f"{lack} is in PTX" for lack in build.lacks if re.search(lack, ptx)]
     missing += [f"{found.metadata.shared} bytes of shared memory"] if found.metadata.shared > SHARED[build.capability] else []
     missing += [f"{spills} loads and stores of spilled registers"] if spills and build.capability == 90 else []
     missing += ["matrix instructions in flight"] if build.overlaps and serialised(ptx, build.capability) else []
-    return Facts(name, build.capability, int(registers[1]) if registers else 0, spills, found.metadata.shared, tuple(missing))
+    early = disturbed(listed("cuobjdump", cubin, "-sass")) if build.capability == 90 else []
+    missing += [f"a wait before {early[0]} and {len(early) - 1} more"] if early else []
+    return Facts(name, build.capability, int(used[1]) if used else 0, spills, found.metadata.shared, tuple(missing))
 
 
 def main(arguments: list[str]) -> int:
