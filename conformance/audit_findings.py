@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from lowbit.references.datapaths import Datapath, Family
-from lowbit.references.declarations import Claim, Contraction, Declaration, Order, Step, StepKind, cast, text_of
+from lowbit.references.declarations import Claim, Contraction, Declaration, Step, StepKind, cast, determined, text_of
 from lowbit.references.formats import F32, F64, Codes
 from lowbit.references.rounding import Rounding
 
@@ -36,11 +36,7 @@ def main_contraction(declaration: Declaration) -> Contraction:
 
 def known_order(declaration: Declaration) -> bool:
     """Whether the declared program has one result on given operands, but for fusions left to the compiler."""
-    contractions = [item for item in declaration.program if isinstance(item, Contraction)]
-    return all(
-        (item.order is Order.ASCENDING or item.datapath.family is Family.INTEGER)
-        and (item.splits == 1 or item.reduction_order is Order.ASCENDING) for item in contractions
-    )
+    return all(determined(item) for item in declaration.program if isinstance(item, Contraction))
 
 
 def must_equal(declaration: Declaration) -> Declaration:
@@ -147,7 +143,7 @@ def finer(declaration: Declaration, found: Fingerprint) -> Gain | None:
         words.append("sums to nearest, truncation declared")
     length = _exact(found.segment)
     carried = bits or path.output_bits
-    if length and not _segment(main) and not main.steps and carried < main.running.precision:
+    if length and not _segment(main) and not (main.steps or main.cuts) and carried < main.running.precision:
         segment = length
         words.append(f"promotion every {length} of K, none declared")
     shorter = path.family is Family.FUSED and found.chunk.bound in ("exact", "at most")
@@ -194,8 +190,10 @@ class Found:
 def alike(first: Declaration, second: Declaration) -> bool:
     """Whether two declarations promise the same of the sum over K, so that what was measured under one holds under the other."""
     a, b = main_contraction(first), main_contraction(second)
-    return (a.datapath, a.order, a.splits, bool(a.segment), a.conversion) == (b.datapath, b.order, b.splits, bool(b.segment),
-                                                                          b.conversion)
+    first_sum, second_sum = (
+        (c.datapath, c.order, c.splits, bool(c.segment), c.conversion, bool(c.cuts), c.k_order) for c in (a, b)
+    )
+    return first_sum == second_sum
 
 
 def found_of(

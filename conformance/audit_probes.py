@@ -47,9 +47,13 @@ def _formatted(op: Op) -> list[str]:
     return [option.name for option in op.options if option.name in named]
 
 
+def _columns(op: Op) -> int:
+    """N of the probed problems: twice as many columns where block scales are probed, too."""
+    return 2 * _M if any(scale is not None for scale in _scales(op.tensors).values()) else _M
+
+
 def _problem(op: Op, variant: str, options: dict[str, str], k: int) -> Problem | None:
-    wide = any(scale is not None for scale in _scales(op.tensors).values())
-    sizes = {"m": _M, "n": 2 * _M if wide else _M, "k": k, "g": _G, "r": 0, "e": 1}
+    sizes = {"m": _M, "n": _columns(op), "k": k, "g": _G, "r": 0, "e": 1}
     try:
         return make_problem(op, variant, {letter: sizes[letter] for letter in op.dims}, options)
     except DomainError:
@@ -249,9 +253,10 @@ def check_room(op: Op, case: Case) -> None:
     if not op.is_gemm or case.pattern not in PATTERNS:
         raise DomainError(f"{op.name} has no pattern {case.pattern!r}: only matrix products have an accumulator to probe")
     problem, dims = case.problem, dict(case.problem.dims)
-    if dims["k"] < _K or dims["k"] % 512 or dims["m"] < _M or dims["n"] < _M or dims.get("e", 1) != 1:
+    if dims["k"] < _K or dims["k"] % 512 or dims["m"] < _M or dims["n"] < _columns(op) or dims.get("e", 1) != 1:
         raise DomainError(
-            f"{problem}: a probe of the accumulator needs m and n of at least {_M}, k from {_K} on in steps of 512 and one expert"
+            f"{problem}: a probe of the accumulator needs m of at least {_M}, n of at least {_columns(op)}, k from {_K} on in "
+            "steps of 512 and one expert"
         )
 
 

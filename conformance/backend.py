@@ -18,6 +18,7 @@ from lowbit.references.declarations import (
     EXACT_BITS,
     Claim,
     Contraction,
+    Cut,
     Declaration,
     Join,
     Order,
@@ -36,8 +37,8 @@ from .op import Role
 
 __all__ = [
     "BF16", "DATAPATHS", "E2M1", "E4M3FN", "E4M3FNUZ", "E5M2", "EXACT_BITS", "EXECUTIONS", "F16", "F32", "F64", "GROUP", "INT32",
-    "INT4", "INT8", "UE4M3", "UINT4", "Backend", "BackendError", "Claim", "Contraction", "Datapath", "Declaration", "Format",
-    "Join",
+    "INT4", "INT8", "UE4M3", "UINT4", "Backend", "BackendError", "Claim", "Contraction", "Cut", "Datapath", "Declaration",
+    "Format", "Join",
     "NOT_EXECUTED", "Order", "Problem", "Role", "Rounding", "Start", "Step", "StepKind", "TensorView", "add",
     "backend_names", "cast", "execution_of", "find_backend", "mul",
 ]

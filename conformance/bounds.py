@@ -12,8 +12,18 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from lowbit.references.datapaths import DATAPATHS, Family
-from lowbit.references.declarations import Claim, Contraction, Declaration, Order, Step, StepKind, signature
+from lowbit.references.datapaths import DATAPATHS
+from lowbit.references.declarations import (
+    Claim,
+    Contraction,
+    Declaration,
+    Step,
+    StepKind,
+    determined,
+    in_parts,
+    misfit,
+    signature,
+)
 from lowbit.references.formats import BF16, Codes, Format, Reals, code_of_key, container, decode, is_nan, order_key
 from lowbit.references.interpret import Interval, bound, emulate, ideal
 from lowbit.references.rounding import Overflow, Rounding, encode
@@ -54,11 +64,11 @@ def gemm_expect(op: Op, case: Case, operands: Operands, declaration: Declaration
 
 
 def accumulator_bits(contraction: Contraction) -> int:
-    """Significand bits of the narrowest place a partial sum passes: datapath, running total of segments, reduction of splits."""
+    """Significand bits of the narrowest place a partial sum passes: datapath, running total of segments, reduction of parts."""
     path = contraction.datapath
     bits = min(path.output_bits, path.fraction_bits + 1) if path.fraction_bits else path.output_bits
     bits = min(bits, contraction.running.precision) if contraction.segment else bits
-    return min(bits, contraction.reduction.precision) if contraction.splits > 1 else bits
+    return min(bits, contraction.reduction.precision) if in_parts(contraction) else bits
 
 
 _VALUE_BITS = {"e2m1": 6, "int4": 4, "uint4": 4, "e4m3fn": 4, "e4m3fnuz": 4, "e5m2": 3, "int8": 8, "f16": 11, "bf16": 8}
@@ -77,6 +87,20 @@ def _step_bits(program: tuple[Contraction | Step, ...]) -> int:
     steps = [item for item in program[:-1] if isinstance(item, Step)]
     inner = [step for item in program if isinstance(item, Contraction) for step in item.steps]
     return min([step.format.precision for step in (*steps, *inner)], default=53)
+
+
+def _misfit(op: Op, problem: Problem, contractions: list[Contraction]) -> str:
+    """What is wrong with cuts and orders of K, as a sentence. The operands of a contraction are tensors [M, K] and [N, K] where
+    the op has them by name; the interpreter sees the sizes of all."""
+    if "e" in op.dims and any(c.cuts for c in contractions):
+        return f"{op.name} has experts, and cuts of K speak of the rows of one product alone (clause DEC-6)"
+    shapes = {spec.name: spec.logical for spec in tensors_of(op, problem)}
+    for item in contractions:
+        a, w = (shapes.get(name) for name in item.operands)
+        wrong = misfit(item, a[0], w[0], a[1]) if a and w and len(a) == len(w) == 2 else ""
+        if wrong:
+            return f"{', '.join(item.operands)}: got {wrong} (clauses DEC-6 and DEC-7)"
+    return ""
 
 
 def check_declaration(op: Op, problem: Problem, declaration: Declaration) -> tuple[str, str]:
@@ -101,10 +125,10 @@ def check_declaration(op: Op, problem: Problem, declaration: Declaration) -> tup
         return f"segments of {senseless.segment} and {senseless.splits} splits make no sense (clause DEC-1)", ""
     if any(c.steps and not c.segment for c in contractions):
         return "steps inside a contraction belong to segments of K; give `segment` (clause DEC-1)", ""
-    if declaration.claim is Claim.BIT_EXACT:
-        loose = [c for c in contractions if c.order is Order.UNKNOWN and c.datapath.family is not Family.INTEGER]
-        if loose:
-            return "a bit-exact claim needs a known order of K (clause DEC-4)", ""
+    if declaration.claim is Claim.BIT_EXACT and not all(determined(c) for c in contractions):
+        return "a bit-exact claim needs a known order of K (clause DEC-4)", ""
+    if wrong := _misfit(op, problem, contractions):
+        return wrong, ""
     bits = min(accumulator_bits(c) for c in contractions)
     looser = []
     if op.minimum_bits and bits < op.minimum_bits:

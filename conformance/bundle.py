@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from lowbit.references.datapaths import DATAPATHS, Datapath
-from lowbit.references.declarations import Claim, Contraction, Declaration, Join, Order, Start, Step, StepKind
+from lowbit.references.declarations import Claim, Contraction, Cut, Declaration, Join, Order, Start, Step, StepKind
 from lowbit.references.formats import FORMATS, Codes, Format, container
 from lowbit.references.rounding import Rounding
 
@@ -102,7 +102,7 @@ def declaration_to_data(declaration: Declaration) -> dict[str, Any]:
             return value.name
         if isinstance(value, tuple):
             return [plain(item) for item in value]
-        if isinstance(value, (Step, Contraction, Declaration)):
+        if isinstance(value, (Step, Contraction, Cut, Declaration)):
             return {"record": type(value).__name__, **{f.name: plain(getattr(value, f.name)) for f in fields(value)}}
         return value
 
@@ -114,7 +114,7 @@ def declaration_to_data(declaration: Declaration) -> dict[str, Any]:
     return data
 
 
-_RECORDS: dict[str, type] = {"Step": Step, "Contraction": Contraction, "Declaration": Declaration}
+_RECORDS: dict[str, type] = {"Step": Step, "Contraction": Contraction, "Cut": Cut, "Declaration": Declaration}
 _FORMAT_FIELDS = frozenset({"format", "operand_format", "running", "reduction", "conversion"})
 
 

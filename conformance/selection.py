@@ -26,7 +26,7 @@ __all__ = [
     "case_list", "claim_cases", "class_lanes", "class_of", "is_claim", "manifest", "shard",
 ]
 
-CONTRACT = "1.3"
+CONTRACT = "1.4"
 """Version of the contract. The lanes of each level are frozen per version."""
 
 PER_OP, REPEATS = 170, 100

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import numpy.typing as npt
 
-from lowbit.references.declarations import Claim, Contraction, Declaration, text_of
+from lowbit.references.declarations import Claim, Contraction, Declaration, restricted, text_of
 from lowbit.references.formats import Codes
 from lowbit.references.interpret import ProgramError
 
@@ -122,6 +122,7 @@ class Session:
     _shares: dict[str, float] = field(default_factory=dict)
     _probes: dict[tuple[Case, str], tuple[Verdict, Codes | None]] = field(default_factory=dict)
     _findings: dict[tuple[Problem, str], audit_findings.Found | None] = field(default_factory=dict)
+    _admitted: dict[tuple[Case, Declaration], Admitted] = field(default_factory=dict)
 
     def open(self) -> None:
         """Start the backend. Raises WorkerError where it does not load."""
@@ -208,6 +209,7 @@ class Session:
         except WorkerError as error:
             yield self._verdict(item, "default", _ENDINGS[error.fault.ending], f"tactics() failed: {error}", clause="BCK-2")
             return
+        self._admitted.clear()
         for tactic in tactics:
             declaration, wrong, kind = self.declaration(op, item.case.problem, tactic)
             if declaration is None:
@@ -343,9 +345,8 @@ class Session:
             )
             try:
                 operand_digest = operand_digest or operands.sha256()
-                expected, statement, cut = _expected(op, case, operands, declaration)
-                if batch == 0:
-                    shown = _shown(op, case, operands, declaration, expected, cut)
+                expected, statement, cut, found = self._admissible(op, case, operands, declaration, batch, batches)
+                shown = shown if batch else found
                 self.coverage.add(case, operands)
             finally:
                 outcome = self.worker.collect()
@@ -380,6 +381,20 @@ class Session:
             ),
         )
         return verdict, outcome.outputs
+
+    def _admissible(
+        self, op: Op, case: Case, operands: Operands, declaration: Declaration, batch: int, batches: int
+    ) -> Admitted:
+        """What one batch may output and, of the first, which faults it would have shown; worked out once for all tactics of a
+        case that declare the same, where it is one batch."""
+        known = self._admitted.get((case, declaration))
+        if known is None:
+            expected, statement, cut = _expected(op, case, operands, declaration)
+            shown = {} if batch else _shown(op, case, operands, declaration, expected, cut)
+            known = expected, statement, cut, shown
+            if batches == 1:
+                self._admitted[case, declaration] = known
+        return known
 
     def _settle(
         self,
@@ -474,15 +489,17 @@ class Session:
         return execute
 
 
+Cut = tuple[Problem, Operands, tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]]
+Admitted = tuple[Mapping[str, Expectation], str, Cut | None, dict[str, bool]]
+"""Expectations, statement of the sample, what the sample cut out, fault classes that the case would have shown."""
+
+
 def batches_of(op: Op, case: Case) -> int:
     """How many runs a case takes: probes light one k per row of A, and K may be longer than M."""
     if case.pattern not in ("onehot", "scaleprobe"):
         return 1
     rows = case.problem.dim("m")
     return max(1, -(-len(rows_probed(op, case)) // rows)) if rows else 1
-
-
-Cut = tuple[Problem, Operands, tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]]
 
 
 def _expected(
@@ -493,7 +510,8 @@ def _expected(
     if sample is None:
         return expectations_of(op, case, operands, declaration), "", None
     problem, part = restrict(op, case.problem, operands, sample.rows, sample.columns)
-    expected = gemm_expect(op, Case(problem, case.pattern, case.seed), part, declaration)
+    local = restricted(declaration, sample.rows, sample.columns)
+    expected = gemm_expect(op, Case(problem, case.pattern, case.seed), part, local)
     return expected, sample.statement(), (problem, part, (sample.rows, sample.columns))
 
 

@@ -159,9 +159,9 @@ _DTYPES = ("|b1", "|u1", "<u2", "<u4", "<u8")
 _RECORDS: dict[tuple[str, str], type] = {
     (cls.__module__, cls.__qualname__): cls
     for cls in (
-        declarations.Claim, declarations.Contraction, declarations.Declaration, declarations.Join, declarations.Order,
-        declarations.Start, declarations.Step, declarations.StepKind, datapaths.Datapath, datapaths.Evidence, datapaths.Family,
-        rounding.Rounding, op.Family, op.ResolvedTensor, op.Role, Problem,
+        declarations.Claim, declarations.Contraction, declarations.Cut, declarations.Declaration, declarations.Join,
+        declarations.Order, declarations.Start, declarations.Step, declarations.StepKind, datapaths.Datapath, datapaths.Evidence,
+        datapaths.Family, rounding.Rounding, op.Family, op.ResolvedTensor, op.Role, Problem,
     )
 }
 

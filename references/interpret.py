@@ -8,15 +8,17 @@ Refuses: a bit-exact claim over an unknown order, and programs whose products wo
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache, partial
+from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
 
 from . import dot
 from .datapaths import Datapath, Family
-from .declarations import Contraction, Declaration, Join, Order, Start, Step, StepKind
+from .declarations import Contraction, Declaration, Join, Order, Start, Step, StepKind, determined, misfit
 from .dot import Enclosure, Operand, low_bit
 from .formats import F32, F64, Codes, Format, Reals, decode
 from .rounding import Overflow, Rounding, encode, mul_odd, round_to, sum_odd
@@ -71,6 +73,11 @@ class Interval:
         some = np.isnan(lo) | np.isnan(hi)
         low, high = np.fmin(lo, hi), np.fmax(lo, hi)
         return Interval(np.where(both, 0.0, low), np.where(both, 0.0, high), both, some & ~both)
+
+    def at(self, here: tuple[slice, slice]) -> Interval:
+        """The interval of some rows and columns; a point stays one."""
+        lo = self.lo[here]
+        return Interval(lo, lo if self.hi is self.lo else self.hi[here], self.nan[here], self.maybe_nan[here])
 
     def masks(self, other: Interval) -> Interval:
         """Self with the NaN masks of another value joined in."""
@@ -193,14 +200,13 @@ def _steps(value: Interval, steps: tuple[Step, ...], environment: Environment, b
     return value, running[0].precision if total is not None else bits
 
 
-def segments(contraction: Contraction, k: int) -> list[list[slice]]:
-    """Per split, the slices of K that are summed from a fresh accumulator. A split is a whole number of segments (or of
-    instructions, where a split is one segment); the last split is the shorter one."""
+def segments(contraction: Contraction, k: int, ends: tuple[int, ...] = ()) -> list[list[slice]]:
+    """Per part of K, the slices that are summed from a fresh accumulator. Parts end at `ends`; without them they are `splits`,
+    each a whole number of segments (or of instructions, where a part is one segment), the last one shorter."""
     unit = contraction.segment or contraction.datapath.instruction_k
     per_split = -(-k // (unit * contraction.splits)) * unit
     result = []
-    for start in range(0, k, per_split) if k else ():
-        stop = min(k, start + per_split)
+    for start, stop in pairwise((0, *(ends or (*range(per_split, k, per_split or 1), k)))) if k else ():
         length = contraction.segment or stop - start
         result.append([slice(i, min(i + length, stop)) for i in range(start, stop, length)])
     return result
@@ -318,26 +324,95 @@ def _converted(operand: Operand, fmt: Format) -> Codes:
     return encode(dot.values(operand), fmt, Rounding.RNE, Overflow.SPECIAL)
 
 
+def _ordered(operand: Operand, k_order: tuple[int, ...]) -> Operand:
+    """The operand with its columns in the order in which a datapath takes them."""
+    period = len(k_order)
+    if operand.scales is not None and operand.group % period:
+        raise ValueError(f"an order of each {period} of K in blocks of {operand.group} that share a scale; dequantise first")
+    columns = np.arange(operand.codes.shape[1]).reshape(-1, period)[:, np.array(k_order)].reshape(-1)
+    return Operand(operand.codes[:, columns], operand.format, operand.scales, operand.scale_format, operand.group)
+
+
+def _rows(operand: Operand, rows: slice) -> Operand:
+    scales = None if operand.scales is None else operand.scales[rows]
+    return Operand(operand.codes[rows], operand.format, scales, operand.scale_format, operand.group)
+
+
+def _within(contraction: Contraction, environment: Environment, rows: slice, columns: slice) -> Environment:
+    """What a contraction reads, for one rectangle of D."""
+    places: dict[str, tuple[slice, ...]] = {"m": (rows,), "n": (columns,), "mn": (rows, columns), "": ()}
+    found: dict[str, Operand | Factor] = {}
+    for name, item in environment.items():
+        if isinstance(item, Factor):
+            values = item.values[places[item.axis]] if item.axis else item.values
+            found[name] = Factor(values, item.axis, item.grouped)
+    for name, part in zip(contraction.operands, (rows, columns), strict=True):
+        operand = environment[name]
+        assert isinstance(operand, Operand)
+        found[name] = _rows(operand, part)
+    return found
+
+
 def _contract(contraction: Contraction, environment: Environment, previous: Interval | None, emulated: bool) -> Interval:
     a, w = (environment[name] for name in contraction.operands)
     assert isinstance(a, Operand)
     assert isinstance(w, Operand)
     if contraction.start is Start.ZERO:
         previous = None
+    shape, k = (a.codes.shape[0], w.codes.shape[0]), a.codes.shape[1]
+    if wrong := misfit(contraction, *shape, k):
+        raise ValueError(f"{contraction.operands}: got {wrong}")
     if contraction.conversion is not None:
         a, w = (Operand(_converted(x, contraction.conversion), contraction.conversion) for x in (a, w))
-    rows, columns, k = a.codes.shape[0], w.codes.shape[0], a.codes.shape[1]
+    if contraction.k_order:
+        a, w = (_ordered(x, contraction.k_order) for x in (a, w))
     evaluate = _dot_emulated if emulated else _dot_bound
-    plain = not contraction.segment and contraction.splits == 1
+
+    def chain(here: tuple[slice, slice], piece: slice, before: Interval | None) -> Interval:
+        return evaluate(_part(_rows(a, here[0]), piece), _part(_rows(w, here[1]), piece), contraction, before)
+
+    @cache
+    def segment(start: int, stop: int) -> Interval:
+        """Of all of D: it is the same wherever K is cut."""
+        return chain(everywhere, slice(start, stop), None)
+
+    def in_segments(here: tuple[slice, slice], piece: slice, before: Interval | None) -> Interval:
+        return segment(piece.start, piece.stop).at(here)
+
+    everywhere = (slice(None), slice(None))
+    if not contraction.cuts:
+        return _parts(contraction, environment, partial(chain, everywhere), shape, k, previous, emulated)
+    local_chain = in_segments if contraction.segment else chain
+    lo, hi = np.zeros(shape), np.zeros(shape)
+    nan, maybe_nan = np.zeros(shape, dtype=np.bool_), np.zeros(shape, dtype=np.bool_)
+    points = True
+    for cut in contraction.cuts:
+        rows, columns = here = (slice(*cut.rows), slice(*cut.columns))
+        local = _within(contraction, environment, rows, columns)
+        before = None if previous is None else previous.at(here)
+        size = (cut.rows[1] - cut.rows[0], cut.columns[1] - cut.columns[0])
+        found = _parts(contraction, local, partial(local_chain, here), size, k, before, emulated, cut.ends)
+        lo[here], hi[here], nan[here], maybe_nan[here] = found.lo, found.hi, found.nan, found.maybe_nan
+        points &= found.hi is found.lo
+    return Interval(lo, lo if points else hi, nan, maybe_nan)
+
+
+Chain = Callable[[slice, Interval | None], Interval]
+"""(some of K, what the accumulator holds before) -> the accumulator behind them [M, N]."""
+
+
+def _parts(contraction: Contraction, environment: Environment, chain: Chain, shape: tuple[int, int], k: int,
+           previous: Interval | None, emulated: bool, ends: tuple[int, ...] = ()) -> Interval:
+    """The contraction where K is cut alike for all of D, [M, N] of `shape`: into parts that end at `ends`, or into `splits`."""
+    plain = not contraction.segment and contraction.splits == 1 and len(ends) < 2
     if plain and k:
-        return evaluate(a, w, contraction, previous)
+        return chain(slice(0, k), previous)
     partials: list[Interval] = []
-    for pieces in segments(contraction, k):
+    for pieces in segments(contraction, k, ends):
         total: Interval | None = None
         for piece in pieces:
-            value = evaluate(_part(a, piece), _part(w, piece), contraction, None)
             value, _ = _steps(
-                value, contraction.steps, environment, contraction.datapath.output_bits,
+                chain(piece, None), contraction.steps, environment, contraction.datapath.output_bits,
                 piece.start // contraction.segment if contraction.segment else 0,
                 total, (contraction.running, contraction.running_rounding),
             )
@@ -349,10 +424,10 @@ def _contract(contraction: Contraction, environment: Environment, previous: Inte
     if previous is not None:
         partials.insert(0, previous)
     if not partials:
-        return Interval.point(np.zeros((rows, columns)))
+        return Interval.point(np.zeros(shape))
     result = partials[0]
-    for partial in partials[1:]:
-        result = _round(_sum(result, partial), contraction.reduction, Rounding.RNE)
+    for other in partials[1:]:
+        result = _round(_sum(result, other), contraction.reduction, Rounding.RNE)
     unordered = contraction.reduction_order is Order.UNKNOWN or contraction.order is Order.UNKNOWN
     if unordered and not emulated and (len(partials) > 2 or contraction.segment):
         result = _any_order(result, contraction, environment, k, len(partials), previous)
@@ -397,7 +472,7 @@ def _run(declaration: Declaration, environment: Environment, emulated: bool) -> 
             pending.clear()
         if item is None:
             break
-        if emulated and item.order is Order.UNKNOWN and item.datapath.family is not Family.INTEGER:
+        if emulated and not determined(item):
             raise ValueError(f"{item.operands}: the bits of a sum in unknown order on {item.datapath} are not determined")
         result = _contract(item, environment, value, emulated)
         if value is None or item.start is Start.PREVIOUS:

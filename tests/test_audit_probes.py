@@ -113,8 +113,10 @@ def test_a_probe_needs_room_and_a_matrix_product() -> None:
     with pytest.raises(DomainError, match="only matrix products"):
         probes.probe_operands(ops()["int4_pack"], Case(Problem("int4_pack", "gptq", (), ()), probes.CUT, 1))
     small = make_problem(ops()["gemm_w8a8_fp8"], "scaled", {"m": 8, "n": 64, "k": 1024})
-    with pytest.raises(DomainError, match="needs m and n of at least 64"):
+    with pytest.raises(DomainError, match="needs m of at least 64, n of at least 64"):
         listed_of(str(Case(small, probes.ORDER, 1)))
+    with pytest.raises(DomainError, match="n of at least 128"):  # columns with and without block scales
+        listed_of("gemm_w4a8_fp8/exact/m64n64k1024g128/bf16/audit_order/s1")
     with pytest.raises(DomainError):
         listed_of("gemm_w8a8_fp8/scaled/m64n64k1024/bf16/audit_nothing/s1")
 

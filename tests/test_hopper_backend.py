@@ -53,6 +53,19 @@ def problem_of(text: str) -> Problem:
 # Selection -----------------------------------------------------------------------------------------------------------
 
 
+def test_multiprocessors_are_those_of_the_device_that_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """114 of an H100 PCIe behind a device of another kind; 132, those of an H200, where there is none."""
+    counts = {0: 148, 1: 114}
+    cuda = SimpleNamespace(get_device_properties=lambda index: SimpleNamespace(multi_processor_count=counts[index]))
+    monkeypatch.setattr(device, "import_module", lambda name: SimpleNamespace(cuda=cuda))
+    for devices, count in (((B200, H100), 114), ((B200,), 132), ((), 132)):
+        monkeypatch.setattr(device, "look", lambda devices=devices: Sight(devices))
+        assert device.processors.__wrapped__() == count
+    monkeypatch.setattr(device, "look", lambda: Sight(fault="it does not start"))
+    with pytest.raises(DeviceFault, match="it does not start"):
+        device.processors.__wrapped__()
+
+
 @pytest.mark.parametrize(("devices", "execution", "where"), [
     ((), "compiled", "host"), ((B200,), "compiled", "host"), ((L4,), "compiled", "host"), ((H200,), "executed", "cuda:0"),
     ((B200, H100), "executed", "cuda:1"), ((H200, H100), "executed", "cuda:0"),

@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 import torch
 
-from lowbit.conformance.backend import Order, TensorView
+from lowbit.conformance.backend import Cut, TensorView
 from lowbit.conformance.bounds import check_declaration
 from lowbit.conformance.case import Problem
 from lowbit.conformance.op import Role, parse_case, parse_problem, tensors_of
@@ -32,7 +32,7 @@ from lowbit.kernels.hopper_room.build import ROOM
 from lowbit.references.declarations import Claim, Contraction, Declaration
 from lowbit.references.dot import Operand
 from lowbit.references.formats import E4M3FN, INT4, decode
-from lowbit.references.interpret import Factor, bound, emulate, segments
+from lowbit.references.interpret import Environment, Factor, emulate, segments
 
 SHIM = r"""
 #pragma once
@@ -179,17 +179,15 @@ def taking(found: Problem) -> list[str]:
     return [name for name in names if room.takes(name, found.variant, *sizes, found.op == room.OPS[1])]
 
 
-def test_a_candidate_is_listed_once_it_is_dispatched(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Before, certificates and dispatch know tactics alone that declare their bits."""
+def test_every_tactic_that_takes_a_problem_is_listed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """BCK-4: the dispatched one first, the others after it; so each is certified."""
     found = problem("gemm_w4a8_fp8/exact/m7n384k1024g64/bf16")
-    names, all_names = room.tactics(found), taking(found)
-    assert len(set(names)) == len(names)
-    assert set(names) == {name for name in all_names if room.declaration(found, name).claim is Claim.BIT_EXACT}
-    assert (len(names), len(all_names)) == (8, 8 + 7 + 5)
-    for name in ("256x8_f16", "256x8_s1"):
+    names = taking(found)
+    assert len(names) == 8 + 7 + 5
+    for name in ("256x8_f16", "256x8_s1", "128x16_k1x1"):
         row = {"variant": "exact", "m": 8, "n": 1 << 31, "k": 1 << 31, "tactic": name}
         monkeypatch.setattr(room, "_table", lambda row=row: (row,))
-        assert room.tactics(found) == (name, *sorted(names, key=all_names.index))
+        assert room.tactics(found) == (name, *(each for each in names if each != name))
 
 
 @pytest.mark.parametrize("text", [
@@ -204,53 +202,71 @@ def test_declarations_are_of_the_op_and_exact(text: str) -> None:
         declared = room.declaration(found, name)
         assert check_declaration(ops()[found.op], found, declared) == ("", "as the contract")
         assert declared.deterministic
+        assert declared.claim is Claim.BIT_EXACT
         if name in half_precision.TACTICS:
             continue
         whole = not room.TACTICS[name].stream
-        assert declared.claim is (Claim.BIT_EXACT if whole else Claim.BOUNDED)
         assert declared.batch_invariant is whole
         assert (room.workspace(found, name) == 0) is (whole or found.dim("m") == 0)
 
 
-def test_tiles_that_are_dealt_out_are_declared_so() -> None:
-    """folded: any order of k. exact: a group's sum in order, the sums of groups in any."""
-    for variant, orders in (("folded", (Order.UNKNOWN, Order.ASCENDING)), ("exact", (Order.ASCENDING, Order.UNKNOWN))):
-        for name, tactic in room.TACTICS.items():
-            found = problem(f"gemm_w4a8_fp8/{variant}/m9n64k1024g64/bf16")
-            main = room.declaration(found, name).program[0]
-            assert isinstance(main, Contraction)
-            got = (main.order, main.reduction_order)
-            assert got == (orders if tactic.stream else (Order.ASCENDING, Order.ASCENDING)), (variant, name)
+def main_of(text: str, tactic: str, multiprocessors: int | None = None) -> Contraction:
+    main = room.declaration(problem(text), tactic, multiprocessors).program[0]
+    assert isinstance(main, Contraction)
+    return main
 
 
-@pytest.mark.parametrize("variant", ["folded", "exact"])
-def test_the_interval_of_dealt_out_tiles_holds_every_cut(variant: str) -> None:
-    """K of 6 blocks of 128, cut at every set of blocks, the datapath emulated part by part and added in f32: all of 32 results
-    lie in the interval that is declared, and not all of them are the same."""
-    case = parse_case(f"gemm_w4a8_fp8/{variant}/m3n16k768g128/f16/normal/s1", ops())
+def test_where_k_is_cut_is_declared_tile_by_tile() -> None:
+    """DEC-6, by hand. N = 512, K = 1152 are two tiles of 9 blocks. Three workers take 6 of 18 each: six of the first tile, three
+    and three, six of the second. Workers of two blocks of threads have one tile of 512 columns, and two of them take 5 and 4."""
+    for variant in ("folded", "exact"):
+        text = f"gemm_w4a8_fp8/{variant}/m3n512k1152g64/bf16"
+        assert main_of(text, "256x8_s1", 3).cuts == (Cut((0, 3), (0, 256), (768, 1152)), Cut((0, 3), (256, 512), (384, 1152)))
+        for multiprocessors in (4, 5, 132):  # two workers at most have a tile of 9 blocks
+            assert main_of(text, "256x64_s2", multiprocessors).cuts == (Cut((0, 3), (0, 512), (640, 1152)),)
+        assert main_of(text, "256x8_s1", 2).cuts == ()  # a tile for each
+        assert all(main_of(text, name).cuts == () for name, tactic in room.TACTICS.items() if not tactic.stream)
+    assert main_of("gemm_w4a8_fp8/folded/m9n64k1024g64/bf16", "256x8_s1").cuts == (
+        Cut((0, 8), (0, 64), (512, 1024)), Cut((8, 9), (0, 64), (512, 1024)),
+    )
+
+
+def test_cuts_are_declared_for_the_device_at_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = "gemm_w4a8_fp8/exact/m3n12288k12288g128/bf16"
+    for name in ("256x8_s1", "256x8_f16"):
+        for count in (114, 132):
+            monkeypatch.setattr(room, "processors", lambda count=count: count)
+            assert main_of(text, name) == main_of(text, name, count)
+        assert main_of(text, name, 114) != main_of(text, name, 132)
+
+
+def part_of(given: Environment, span: slice) -> dict[str, Operand | Factor]:
+    """The environment of some k, groups of 128."""
+    groups = slice(span.start // 128, -(-span.stop // 128))
+    return {
+        name: Operand(item.codes[:, span], item.format) if isinstance(item, Operand)
+        else Factor(item.values[..., groups], item.axis, True) if item.grouped else item
+        for name, item in given.items()
+    }
+
+
+@pytest.mark.parametrize(("variant", "pattern"), [("folded", "normal"), ("exact", "lognormal")])
+def test_the_bits_of_dealt_out_tiles_are_those_of_their_parts(variant: str, pattern: str) -> None:
+    """DEC-6: two tiles of two parts each, every part a product of its own, then one addition in binary32."""
+    case = parse_case(f"gemm_w4a8_fp8/{variant}/m3n512k1152g128/f16/{pattern}/s1", ops())
     operands = draw_operands(ops()[case.problem.op], case)
-    declared = room.declaration(case.problem, "256x8_s1")
-    uncut = room.declaration(case.problem, "128x16_k1x1")
+    uncut = Declaration(room.declaration(case.problem, "128x16_k1x1").program[:1])
     environment = ops()[case.problem.op].environment
     assert environment is not None
     given = environment(case.problem, operands)
-    held, seen = bound(declared, given), set()
-    for number in range(32):
-        ends = [128 * block for block in range(1, 6) if number >> (block - 1) & 1] + [768]
-        sums = np.zeros(())
-        for start, stop in zip([0, *ends], ends, strict=False):
-            part = {
-                name: Operand(item.codes[:, start:stop], item.format) if isinstance(item, Operand)
-                else Factor(item.values[..., start // 128 : -(-stop // 128)], item.axis, True) if item.grouped else item
-                for name, item in given.items()
-            }
-            sums = (sums + emulate(Declaration(uncut.program[:1]), part).lo).astype(np.float32).astype(np.float64)
-        token, channel = (np.asarray(given[name].values, dtype=np.float32) for name in ("token_scale", "channel_scale"))
-        scaled = (sums.astype(np.float32) * token.reshape(-1, 1)) * channel.reshape(1, -1)
-        got = scaled.astype(np.float16).astype(np.float64)
-        assert ((held.lo <= got) & (got <= held.hi)).all(), ends
-        seen.add(sums.tobytes())
-    assert len(seen) > 1
+    got = emulate(Declaration(room.declaration(case.problem, "256x8_s1", 3).program[:1]), given).lo
+    halves = []
+    for columns, end in ((slice(0, 256), 768), (slice(256, 512), 384)):
+        first, second = (emulate(uncut, part_of(given, span)).lo[:, columns] for span in (slice(0, end), slice(end, 1152)))
+        halves.append((first.astype(np.float32) + second.astype(np.float32)).astype(np.float64))
+    assert np.array_equal(got, np.concatenate(halves, axis=1))
+    assert (got != emulate(uncut, given).lo).any()
+    assert (got != emulate(Declaration(room.declaration(case.problem, "256x8_s1", 4).program[:1]), given).lo).any()
 
 
 @pytest.mark.parametrize("variant", ["folded", "exact"])

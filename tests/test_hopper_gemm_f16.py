@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import re
+from dataclasses import replace
 from fractions import Fraction
 from itertools import pairwise
 from typing import Any
@@ -22,11 +23,12 @@ from lowbit.conformance.op import parse_problem
 from lowbit.conformance.ops import ops
 from lowbit.kernels.hopper_room import gemm_w4a8_f16 as room
 from lowbit.kernels.hopper_room.build import ROOM, sources
+from lowbit.references import interpret
 from lowbit.references.datapaths import DATAPATHS
-from lowbit.references.declarations import Claim, Declaration, Order
+from lowbit.references.declarations import Claim, Contraction, Cut, Declaration, Order
 from lowbit.references.dot import Operand, emulate
 from lowbit.references.formats import E4M3FN, F16, F32, INT4, decode
-from lowbit.references.interpret import Factor, bound
+from lowbit.references.interpret import Factor
 from lowbit.references.rounding import round_to
 
 TEXT = (ROOM / "gemm_w4a8_f16.cu").read_text(encoding="utf-8")
@@ -142,26 +144,57 @@ def problem(text: str) -> Problem:
 
 
 @pytest.mark.parametrize("text", ["m8n256k12288g128/bf16", "m1n8k64g64/f16.bias", "m0n64k128g128/bf16.bias"])
-def test_declarations_are_of_the_op_and_claim_no_bits(text: str) -> None:
-    """Where K is cut is not known to who declares, so the order of groups is any; a row does not depend on the others."""
+def test_declarations_are_of_the_op_and_claim_bits(text: str) -> None:
+    """A row does not depend on the others; every 32 k are taken in the order of the packed words, as `in_order` has them."""
     found = problem(f"gemm_w4a8_fp8/exact/{text}")
     for name in room.TACTICS:
-        declared = room.declaration(found, name)
+        declared = room.declaration(found, name, 132)
         assert check_declaration(ops()[found.op], found, declared) == ("", "as the contract")
-        assert declared.claim is Claim.BOUNDED
+        assert declared.claim is Claim.BIT_EXACT
         assert declared.deterministic
         assert declared.batch_invariant
         main = declared.program[0]
-        assert (main.segment, main.order, main.conversion) == (found.dim("g"), Order.UNKNOWN, F16)  # type: ignore[union-attr]
+        assert isinstance(main, Contraction)
+        assert (main.segment, main.order, main.conversion) == (found.dim("g"), Order.ASCENDING, F16)
+        assert main.k_order == tuple(in_order(32))
+
+
+def test_cuts_depend_on_the_columns_the_k_and_the_device() -> None:
+    """DEC-6 by hand: 48 tiles of 96 blocks on 132 multiprocessors are 4608 = 120 x 35 + 12 x 34 units. Tile 0 has 35 + 35 + 26 of
+    them, tile 47 ends with 34 + 34 and what is left. Clusters of two have 24 tiles and 66 workers: 60 x 35 + 6 x 34."""
+    for m in (1, 5, 8):
+        text = f"gemm_w4a8_fp8/exact/m{m}n12288k12288g128/bf16"
+        alone, pairs = (room.declaration(problem(text), name, 132).program[0] for name in ("256x8_f16", "256x32_f16x2"))
+        assert isinstance(alone, Contraction)
+        assert isinstance(pairs, Contraction)
+        assert (len(alone.cuts), len(pairs.cuts)) == (48, 24)
+        assert alone.cuts[0] == Cut((0, m), (0, 256), (35 * 128, 70 * 128, 96 * 128))
+        assert alone.cuts[47] == Cut((0, m), (47 * 256, 12288), (28 * 128, 62 * 128, 96 * 128))
+        assert pairs.cuts[0] == Cut((0, m), (0, 512), (35 * 128, 70 * 128, 96 * 128))
+    whole = room.declaration(problem("gemm_w4a8_fp8/exact/m8n33792k512g128/bf16"), "256x8_f16", 132).program[0]
+    assert isinstance(whole, Contraction)
+    assert whole.cuts == ()  # 132 tiles for 132
+
+
+def in_order(k: int) -> list[int]:
+    """Which k the instructions take one after the other: in half h of register 2 r of lane l they have nibble 2 f + r + 4 h."""
+    found = []
+    for first in range(0, k, 32):
+        for fragment in range(2):
+            for register in range(2):
+                for lane in range(4):
+                    for half in range(2):
+                        nibble = 2 * fragment + register + 4 * half
+                        found.append(first + 4 * lane + nibble % 4 + 16 * (nibble // 4))
+    return found
 
 
 def part_of(a: np.ndarray, w: np.ndarray, scales: np.ndarray, group: int) -> np.ndarray:
     """One worker's total [M, N]: instructions in the order of k that the packed words have, one FMA per group, to nearest in f32.
     a and w: codes of binary16."""
-    order = [16 * (p % 2) + 4 * (p % 8 // 2) + p // 8 for p in range(32)]
     total = np.zeros((a.shape[0], w.shape[0]))
     for first in range(0, a.shape[1], group):
-        columns = [first + 32 * block + k for block in range(group // 32) for k in order]
+        columns = [first + k for k in in_order(group)]
         codes = emulate(Operand(a[:, columns], F16), Operand(w[:, columns], F16), DATAPATHS["hopper_f16"])
         product = decode(codes, F32) * scales[:, first // group]  # 24 and 4 bits: exact
         total = round_to(total + product, F32)  # multiples of 2^-13 below 2^30: the sum is exact before it is rounded
@@ -169,8 +202,8 @@ def part_of(a: np.ndarray, w: np.ndarray, scales: np.ndarray, group: int) -> np.
 
 
 @pytest.mark.parametrize("kind", ["mixed", "one sign", "no rounding"])
-def test_every_cut_lies_in_the_declared_interval(kind: str) -> None:
-    """Sums as the kernel makes them, K in one to eight parts at any group, against the interval of the declaration."""
+def test_the_declared_bits_are_those_of_the_parts(kind: str) -> None:
+    """Sums as the kernel makes them, K in one to eight parts at any group, against the declaration with those cuts (DEC-6)."""
     rng = np.random.default_rng(len(kind))
     m, n, k, group = 3, 16, 2048, 128
     a = rng.integers(0, 0x7F, (m, k), dtype=np.uint8)
@@ -187,9 +220,9 @@ def test_every_cut_lies_in_the_declared_interval(kind: str) -> None:
         "a": Operand(a, E4M3FN), "w": Operand(codes, INT4), "group_scale": Factor(E4M3[scales], "n", grouped=True),
         "token_scale": Factor(np.ones(m), "m"), "channel_scale": Factor(np.ones(n), "n"),
     }
-    declared = room.declaration(problem(f"gemm_w4a8_fp8/exact/m{m}n{n}k{k}g{group}/bf16"), "256x8_f16")
-    before = Declaration(declared.program[:1], declared.claim)  # the sum, before the factors of rows and columns and the cast
-    interval = bound(before, environment)
+    declared = room.declaration(problem(f"gemm_w4a8_fp8/exact/m{m}n{n}k{k}g{group}/bf16"), "256x8_f16", 1)
+    main = declared.program[0]  # the sum, before the factors of rows and columns and the cast
+    assert isinstance(main, Contraction)
     half_a = E4M3[a].astype(np.float16).view(np.uint16)
     half_w = decode(codes, INT4).astype(np.float16).view(np.uint16)
     results = []
@@ -201,11 +234,37 @@ def test_every_cut_lies_in_the_declared_interval(kind: str) -> None:
             part = part_of(half_a[:, each], half_w[:, each], E4M3[scales[:, first // group : last // group]], group)
             total = part if total is None else round_to(total + part, F32)
         assert total is not None
-        assert ((interval.lo <= total) & (total <= interval.hi)).all()
+        cut = replace(main, cuts=(Cut((0, m), (0, n), tuple(cuts[1:])),))
+        assert np.array_equal(interpret.emulate(Declaration((cut,)), environment).lo, total)
+        within = interpret.bound(Declaration((cut,)), environment)
+        assert ((within.lo <= total) & (total <= within.hi)).all()
         results.append(total)
     shows = any((results[0] != other).any() for other in results[1:])  # where K is cut shows in bits, if it does anywhere
     assert shows == (kind != "no rounding")
-    assert (interval.lo < interval.hi).any() == shows
+
+
+def small_between_large() -> tuple[np.ndarray, np.ndarray]:
+    """Codes [1, 64]: 448 x 7 at k = 0 to 14, 2^-9 x 1 at 15, -448 x 7 at 16 to 30, nothing at 31 and from there on."""
+    a, w = np.zeros((1, 64), dtype=np.uint8), np.full((1, 64), 7, dtype=np.uint8)
+    a[0, :15], a[0, 15], a[0, 16:31], w[0, 15] = 0x7E, 0x01, 0xFE, 1
+    return a, w
+
+
+def test_the_order_of_k_is_seen_where_a_sum_has_no_bit_for_a_small_product() -> None:
+    """DEC-7 by hand. In ascending order 15 x 3136 = 47040 > 2^15 and 2^-9 meet first: 24 bits end at 2^-8, and 0 is left. An
+    instruction of the kernel has eight of k = 0 to 15 and eight of 16 to 31: large products cancel in each, and 2^-9 is left."""
+    a, w = small_between_large()
+    environment: dict[str, Any] = {
+        "a": Operand(a, E4M3FN), "w": Operand(w, INT4), "group_scale": Factor(np.ones((1, 1)), "n", grouped=True),
+    }
+    main = room.declaration(problem("gemm_w4a8_fp8/exact/m1n8k64g64/bf16"), "256x8_f16", 132).program[0]
+    assert isinstance(main, Contraction)
+    assert interpret.emulate(Declaration((main,)), environment).lo.tolist() == [[2.0**-9]]
+    ascending = replace(main, k_order=())
+    assert interpret.emulate(Declaration((ascending,)), environment).lo.tolist() == [[0.0]]
+    for item in (main, ascending):
+        found = interpret.bound(Declaration((item,)), environment)
+        assert found.lo[0, 0] <= interpret.emulate(Declaration((item,)), environment).lo[0, 0] <= found.hi[0, 0]
 
 
 def test_the_workspace_holds_the_image_and_what_is_dealt_out() -> None:

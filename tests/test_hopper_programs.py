@@ -22,6 +22,7 @@ from lowbit.conformance.op import parse_case
 from lowbit.conformance.ops import ops
 from lowbit.kernels import cpu, cuda_hopper
 from lowbit.kernels.blackwell_room.device import Sight
+from lowbit.kernels.hopper_room import gemm_w4a8, gemm_w4a8_f16
 
 PROGRAMS = Path(__file__).parent / "device"
 NAMES = ("hopper_encodings", "hopper_must_pass", "hopper_stability")
@@ -106,6 +107,22 @@ def test_the_must_pass_list_is_of_the_contract(programs: dict[str, ModuleType]) 
     assert [str(case) for case in cases] == list(programs["hopper_must_pass"].CASES)
     assert {case.problem.op for case in cases} == set(cuda_hopper.modules())
     assert [str(case) for case in cases if cuda_hopper.modules()[case.problem.op].unsupported(case.problem)] == []
+
+
+def test_the_must_pass_list_cuts_tiles_by_every_tactic_that_can(programs: dict[str, ModuleType]) -> None:
+    """On 132 multiprocessors (H200) and on 114 (H100 with a PCIe connector)."""
+    program = programs["hopper_must_pass"]
+    for count in (132, 114):
+        found: dict[str, set[str]] = {}
+        for text, named in program.SHARED:
+            case = parse_case(text, ops())
+            assert str(case) == text
+            cutting = program.sharing(case.problem, count)
+            assert set(named) <= set(cutting), text
+            found.setdefault(case.problem.variant, set()).update(named or cutting)
+        dealt = {name for name, tactic in gemm_w4a8.TACTICS.items() if tactic.stream}
+        exact = {name for name in dealt if gemm_w4a8.takes(name, "exact", 8, 1024, 64, False)}
+        assert found == {"folded": dealt, "exact": exact | set(gemm_w4a8_f16.TACTICS)}
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -19,7 +19,9 @@ import pytest
 
 from lowbit.kernels.hopper_room import gemm_w4a8_schedule
 from lowbit.kernels.hopper_room.build import ROOM
-from lowbit.kernels.hopper_room.gemm_w4a8_schedule import stream_bytes
+from lowbit.kernels.hopper_room.gemm_w4a8_schedule import cut_tiles, stream_bytes, stream_cuts, tile_ends, workers_for
+from lowbit.references.datapaths import DATAPATHS
+from lowbit.references.declarations import Contraction, Cut, misfit
 
 PROGRAM = r"""
 #include "gemm_w4a8_schedule.cuh"
@@ -166,11 +168,68 @@ def test_what_is_cut_by_hand(schedule: ctypes.CDLL) -> None:
     assert dealt(schedule, 1, 8, 132)[:2] == (2, 1)
 
 
+def test_what_is_declared_is_what_is_dealt(schedule: ctypes.CDLL) -> None:
+    """DEC-6: the Python twin has the header's workers and cut tiles, and ends parts where the header's segments end."""
+    for tiles, k_blocks, most in SIZES:
+        workers, cut, segments = dealt(schedule, tiles, k_blocks, most)
+        assert workers_for(tiles, k_blocks, most) == workers
+        assert cut_tiles(tiles, k_blocks, workers) == cut
+        ends: dict[int, list[int]] = defaultdict(list)
+        for segment in segments:
+            ends[segment.tile].append(segment.end)
+        for tile in range(cut):
+            assert tile_ends(tile, k_blocks, workers, cut) == tuple(sorted(ends[tile])), (tiles, k_blocks, most, tile)
+
+
+SHAPES = [  # tokens, bands, cluster, M, N, K, multiprocessors
+    (8, 4, 1, 1, 12288, 12288, 132), (64, 4, 2, 200, 3000, 2048, 132), (16, 4, 1, 70, 1040, 1088, 7),
+    (128, 2, 2, 1030, 648, 704, 10), (64, 4, 1, 640, 2056, 1024, 16), (128, 2, 1, 1000, 1288, 1472, 9),
+    (256, 2, 1, 4096, 12288, 1536, 132), (8, 4, 2, 9, 8, 64, 3), (8, 2, 1, 62, 432, 1024, 3),
+]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_every_tile_lies_in_a_rectangle_with_its_cuts(schedule: ctypes.CDLL, shape: tuple[int, ...]) -> None:
+    """DEC-6: rectangles hold each element once, and a tile lies in one that is cut where the header's workers change. Tiles come
+    four down, then along N, then the next four down."""
+    tokens, bands, cluster, m, n, k, multiprocessors = shape
+    width, k_blocks = 64 * bands * cluster, -(-k // 128)
+    across, down = -(-n // width), -(-m // tokens)
+    _, _, segments = dealt(schedule, across * down, k_blocks, multiprocessors // cluster)
+    ends: dict[int, set[int]] = defaultdict(set)
+    for segment in segments:
+        ends[segment.tile].add(min(k, 128 * segment.end))
+    cuts = stream_cuts(tokens, bands, cluster, m, n, k, multiprocessors)
+    assert bool(cuts) == any(len(each) > 1 for each in ends.values())
+    assert misfit(Contraction(("a", "w"), DATAPATHS["hopper_wgmma_fp8"], cuts=cuts), m, n, k) == ""
+    order = sorted(((row, column) for row in range(down) for column in range(across)), key=lambda at: (at[0] // 4, at[1], at[0]))
+    for tile, (row, column) in enumerate(order):
+        rows, columns = (row * tokens, min(m, (row + 1) * tokens)), (column * width, min(n, (column + 1) * width))
+        over = [cut for cut in cuts if cut.rows[0] < rows[1] and rows[0] < cut.rows[1]
+                and cut.columns[0] < columns[1] and columns[0] < cut.columns[1]]
+        assert [cut.ends for cut in over] == ([tuple(sorted(ends[tile]))] if cuts else []), (tile, row, column)
+
+
+def test_rectangles_by_hand() -> None:
+    """Tiles of 8 rows by 64 x 4 columns, K of 8 blocks, 5 multiprocessors: 6 x 2 tiles are two rounds of five and 2, so that 7
+    are dealt out: 56 units, 12 for the first worker and 11 for the others, which begin at 12, 23, 34 and 45. The first eight
+    tiles are rows 0 to 3 of both columns: 7 ends after row 2 of the second column."""
+    ends = ((8,), (4, 8), (7, 8), (8,), (2, 8), (5, 8), (8,))
+    parts = [tuple(128 * end for end in each) for each in ends]
+    want = [Cut((8 * row, 8 * row + 8), (0, 256), parts[row]) for row in range(4)]
+    want += [Cut((8 * row, 8 * row + 8), (256, 400), parts[4 + row]) for row in range(3)]
+    want += [Cut((24, 32), (256, 400), (1024,)), Cut((32, 45), (0, 400), (1024,))]
+    assert stream_cuts(8, 4, 1, 45, 400, 1024, 5) == tuple(want)
+    assert stream_cuts(8, 4, 1, 0, 400, 1024, 5) == ()
+    assert stream_cuts(8, 4, 1, 40, 400, 1024, 5) == ()  # two tiles each
+
+
 def test_units_are_counted_in_32_bits(schedule: ctypes.CDLL) -> None:
     """2^31 - 1 = 7 x 306,783,378 + 1 units: one tile more would be counted beyond."""
     cut = schedule.cut_of
     assert cut(ctypes.c_longlong(7), 306783378, 8) == 7
     assert cut(ctypes.c_longlong(7), 306783379, 8) == 0
+    assert [cut_tiles(7, blocks, 8) for blocks in (306783378, 306783379)] == [7, 0]
 
 
 def test_scratch_memory_is_enough_on_every_device(schedule: ctypes.CDLL) -> None:
@@ -190,7 +249,10 @@ def test_scratch_memory_is_enough_on_every_device(schedule: ctypes.CDLL) -> None
 
 
 def test_constants_are_those_of_the_sources() -> None:
-    for name, source in (("MOST_BLOCKS", "gemm_w4a8_tiles.cuh"), ("LEAST_BLOCKS", "gemm_w4a8_schedule.cuh")):
-        found = re.search(rf"constexpr int {name} = (\d+);", Path(ROOM / source).read_text(encoding="utf-8"))
+    for name, source in (
+        ("MOST_BLOCKS", "gemm_w4a8_tiles.cuh"), ("RASTER", "gemm_w4a8_tiles.cuh"), ("LEAST_BLOCKS", "gemm_w4a8_schedule.cuh"),
+        ("MOST_UNITS", "gemm_w4a8_schedule.cuh"),
+    ):
+        found = re.search(rf"constexpr int {name} = (\w+);", Path(ROOM / source).read_text(encoding="utf-8"))
         assert found
-        assert getattr(gemm_w4a8_schedule, f"_{name}") == int(found[1])
+        assert getattr(gemm_w4a8_schedule, f"_{name}") == int(found[1], 0)

@@ -19,7 +19,20 @@ from lowbit.conformance.ops import ops
 from lowbit.conformance.patterns import draw_operands
 from lowbit.references import dot
 from lowbit.references.datapaths import DATAPATHS, Family
-from lowbit.references.declarations import Claim, Contraction, Declaration, Join, Order, Start, Step, StepKind, add, cast, mul
+from lowbit.references.declarations import (
+    Claim,
+    Contraction,
+    Cut,
+    Declaration,
+    Join,
+    Order,
+    Start,
+    Step,
+    StepKind,
+    add,
+    cast,
+    mul,
+)
 from lowbit.references.dot import Operand
 from lowbit.references.formats import BF16, F16, F32, INT8, Format
 from lowbit.references.interpret import Environment, Factor, Interval, ProgramError, bound, emulate, ideal
@@ -96,8 +109,9 @@ class Walk:
         assert isinstance(a, Operand)
         assert isinstance(w, Operand)
         left, right = dot.values(a)[self.m], dot.values(w)[self.n]
-        total, path = start, item.datapath
-        for k in span:
+        total, path, period = start, item.datapath, len(item.k_order) or 1
+        for place in span:
+            k = place - place % period + (item.k_order[place % period] if item.k_order else 0)
             product = Fraction(float(left[k])) * Fraction(float(right[k]))
             if path.family is Family.INTEGER:
                 total += product
@@ -111,16 +125,18 @@ class Walk:
         a = self.environment[item.operands[0]]
         assert isinstance(a, Operand)
         k = a.codes.shape[1]
-        if not item.segment and item.splits == 1:
+        ends = next((cut.ends for cut in item.cuts if self.m in range(*cut.rows) and self.n in range(*cut.columns)), (k,))
+        if not item.segment and item.splits == len(ends) == 1:
             return self.sum(item, start, range(k))
         unit = item.segment or item.datapath.instruction_k
         length = -(-k // (unit * item.splits)) * unit
+        if not item.cuts:
+            ends = (*range(length, k, length), k)
         totals = []
-        for first in range(0, k, length):
+        for first, last in itertools.pairwise((0, *ends)):
             total: Fraction | None = None
-            last = min(k, first + length)
-            for begin in range(first, last, item.segment or length):
-                part = self.sum(item, Fraction(0), range(begin, min(last, begin + (item.segment or length))))
+            for begin in range(first, last, item.segment or last - first):
+                part = self.sum(item, Fraction(0), range(begin, min(last, begin + (item.segment or last - first))))
                 value, exact = self.steps(part, item.steps, begin // item.segment if item.segment else 0)
                 if total is None:
                     total = nearest(value, item.running, item.running_rounding) if item.segment else value
@@ -160,11 +176,11 @@ class Walk:
         value = Fraction(0)
         for item in program:
             if isinstance(item, Contraction):
-                exact = replace(item, datapath=DATAPATHS["imma_s32"], segment=0, steps=(), splits=1, start=Start.PREVIOUS)
+                plain = Contraction(item.operands, DATAPATHS["imma_s32"], start=Start.PREVIOUS)
                 if not item.steps:
-                    value = self.sum(exact, value, range(self.length(item)))
+                    value = self.sum(plain, value, range(self.length(item)))
                 for begin in range(0, self.length(item), item.segment) if item.steps else ():
-                    part = self.sum(exact, Fraction(0), range(begin, min(self.length(item), begin + item.segment)))
+                    part = self.sum(plain, Fraction(0), range(begin, min(self.length(item), begin + item.segment)))
                     for step in item.steps:
                         for name in step.operands:
                             part *= self.factor(name, begin // item.segment)
@@ -247,6 +263,85 @@ def test_segments_and_splits_are_cut_and_added_as_declared(
     assert isinstance(first, Contraction)
     cut = replace(first, splits=splits, segment=segment, running=running, reduction=reduction, running_rounding=rounding)
     agree((cut, *rest), environment)
+
+
+QUADRANTS = (  # of 2 x 8, at multiples of 16 of 96
+    Cut((0, 1), (0, 3), (32, 96)), Cut((0, 1), (3, 8), (32, 48, 64, 96)), Cut((1, 2), (0, 5), (96,)),
+    Cut((1, 2), (5, 8), (80, 96)),
+)
+
+
+@pytest.mark.parametrize(("segment", "running", "reduction", "k_order"), [
+    (0, F32, F32, ()), (0, F32, BF16, (3, 0, 2, 1)), (16, BF16, F16, ()), (8, F16, F32, (7, 6, 5, 4, 3, 2, 1, 0)),
+])
+def test_rectangles_are_cut_on_their_own(
+    segment: int, running: Format, reduction: Format, k_order: tuple[int, ...]
+) -> None:
+    """DEC-6, DEC-7. A rectangle's cuts used for its neighbour, or one position off, are other numbers."""
+    program, environment = drawn("gemm_w8a8_fp8/scaled/m2n8k96/bf16.bias", "normal", "ieee_bf16")
+    first, *rest = joined(program, Join.SEPARATE)
+    assert isinstance(first, Contraction)
+    item = replace(first, cuts=QUADRANTS, segment=segment, running=running, reduction=reduction, k_order=k_order)
+    agree((item, *rest), environment)
+    sums = emulate(Declaration((item,)), environment).lo
+    width = max(segment, 4)
+    turned = tuple(replace(cut, ends=other.ends) for cut, other in zip(QUADRANTS, (*QUADRANTS[1:], QUADRANTS[0]), strict=True))
+    early = tuple(replace(cut, ends=(*(end - width for end in cut.ends[:-1]), cut.ends[-1])) for cut in QUADRANTS)
+    for wrong in (turned, early):
+        assert (emulate(Declaration((replace(item, cuts=wrong),)), environment).lo != sums).any()
+    interval = bound(Declaration((item,)), environment)
+    assert ((interval.lo <= sums) & (sums <= interval.hi)).all()
+
+
+def test_scales_of_rows_and_columns_stay_with_their_rectangle() -> None:
+    """DEC-6 where segments have factors of either axis. With totals in unknown order the interval holds the bits of the known."""
+    program, environment = drawn("gemm_w8a8_fp8/block/m3n8k384/bf16.bias", "normal", "ieee_bf16")
+    first, *rest = joined(program, Join.SEPARATE)
+    assert isinstance(first, Contraction)
+    cuts = (Cut((0, 2), (0, 8), (128, 384)), Cut((2, 3), (0, 5), (384,)), Cut((2, 3), (5, 8), (256, 384)))
+    item = replace(first, cuts=cuts, running=BF16)
+    agree((item, *rest), environment)
+    sums = emulate(Declaration((item,)), environment).lo
+    open_ = bound(Declaration((replace(item, reduction_order=Order.UNKNOWN),)), environment)
+    assert ((open_.lo <= sums) & (sums <= open_.hi)).all()
+    assert (open_.lo < sums).any()
+
+
+def test_a_cut_contraction_goes_on_from_the_value_before() -> None:
+    """DEC-6 with one accumulator for two contractions: where K is not cut the second goes on in it, elsewhere parts are added."""
+    program, environment = drawn("gemm_nvfp4/svdquant/m2n8k96r16/f16.lora.bias", "normal", "ieee_f32")
+    cuts = (Cut((0, 2), (0, 4), (16,)), Cut((0, 2), (4, 8), (3, 9, 16)))
+    items = joined(program, Join.SEPARATE)
+    low_rank = next(item for item in items if isinstance(item, Contraction) and item.operands[0] == "lora_act")
+    changed = tuple(replace(low_rank, start=Start.PREVIOUS, cuts=cuts) if item is low_rank else item for item in items)
+    agree(changed, environment)
+
+
+def test_cuts_by_hand() -> None:
+    """DEC-6 in binary16, 11 bits: 2048 + 1 is a tie and stays 2048. One accumulator loses three ones, a part of its own keeps
+    those that it has. With a reduction in binary16 ascending order loses them again, 1 + 1 + 1 + 2048 = 2051 would give 2052."""
+    environment: Environment = {
+        "a": Operand(encode(np.array([[2048.0, 1.0, 1.0, 1.0]]), F16), F16), "w": Operand(encode(np.ones((5, 4)), F16), F16),
+    }
+    ends = ((4,), (1, 4), (2, 4), (3, 4), (1, 2, 3, 4))
+    cuts = tuple(Cut((0, 1), (n, n + 1), each) for n, each in enumerate(ends))
+    item = main("ieee_f16", cuts=cuts)
+    assert emulate(Declaration((item,)), environment).lo.tolist() == [[2048.0, 2051.0, 2050.0, 2049.0, 2051.0]]
+    narrow = replace(item, reduction=F16)
+    assert emulate(Declaration((narrow,)), environment).lo.tolist() == [[2048.0, 2052.0, 2050.0, 2048.0, 2048.0]]
+    turned = replace(item, k_order=(1, 2, 3, 0), cuts=tuple(replace(cut, ends=(4,)) for cut in cuts))
+    assert emulate(Declaration((turned,)), environment).lo.tolist() == [[2052.0] * 5]  # 3, then 2051
+
+
+def test_a_sum_of_totals_in_unknown_order_has_no_bits() -> None:
+    """DEC-4: of several segments or parts; of one alone nothing is left open."""
+    environment = one([1.0, 2.0], [1.0, 1.0])
+    for open_ in ({"segment": 1}, {"splits": 2}, {"cuts": (Cut((0, 1), (0, 1), (1, 2)),)}):
+        item = main(reduction_order=Order.UNKNOWN, **open_)
+        with pytest.raises(ProgramError, match="unknown order"):
+            emulate(Declaration((item,)), environment)
+        assert ends(bound(Declaration((item,)), environment))[:2] == (3.0, 3.0)
+    assert ends(emulate(Declaration((main(reduction_order=Order.UNKNOWN),)), environment))[0] == 3.0
 
 
 def test_second_contraction_starts_from_the_first_or_beside_it() -> None:

@@ -1,6 +1,7 @@
 """Which NVIDIA device is at hand, and what follows from it for kernels of compute capability 9.0.
 
-Decides: which device this target would run on (`chosen`), and the sentence that says why nothing runs (`why_compiled`).
+Decides: which device this target would run on (`chosen`), how many multiprocessors share its work (`processors`), and the
+sentence that says why nothing runs (`why_compiled`).
 Refuses: tensors on another device (`check`, `same_device`), and to go on where a device is visible and does not start: that is an
 error, never a reason to report something weaker. What is visible is found by `look`, as for the other NVIDIA target.
 """
@@ -16,12 +17,16 @@ from lowbit.conformance.backend import NOT_EXECUTED
 from ..blackwell_room.device import Device, DeviceFault, Query, Sight, look
 
 __all__ = [
-    "CAPABILITY", "Device", "DeviceFault", "Query", "Sight", "check", "chosen", "look", "same_device", "stream_handle",
-    "why_compiled",
+    "CAPABILITY", "PROCESSORS", "Device", "DeviceFault", "Query", "Sight", "check", "chosen", "look", "processors", "same_device",
+    "stream_handle", "why_compiled",
 ]
 
 CAPABILITY = (9, 0)
 """The compute capability whose machine code is built (H100, H200, GH200). It runs on no other: sm_90a has no successor."""
+
+PROCESSORS = 132
+"""Multiprocessors of an H200, as the driver reports them (cudaDevAttrMultiProcessorCount); an H100 SXM has as many (NVIDIA H100
+Tensor Core GPU Architecture). What is declared where no device is there is declared for such a one."""
 
 
 def chosen(sight: Sight) -> Device | None:
@@ -36,6 +41,16 @@ def why_compiled(sight: Sight) -> str:
     others = ", ".join(f"{device.name} ({device.capability[0]}.{device.capability[1]})" for device in sight.devices)
     found = f"needs compute capability 9.0, found {others}" if others else sight.absence
     return f"{NOT_EXECUTED}: {found}"
+
+
+@cache
+def processors() -> int:
+    """Multiprocessors of the device that this target runs on, asked once; `PROCESSORS` where there is none. Raises DeviceFault
+    for one that does not start."""
+    found = chosen(look())
+    if found is None:
+        return PROCESSORS
+    return int(import_module("torch").cuda.get_device_properties(found.index).multi_processor_count)
 
 
 @cache

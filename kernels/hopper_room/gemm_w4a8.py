@@ -27,7 +27,6 @@ from lowbit.conformance.backend import (
     Contraction,
     Declaration,
     Join,
-    Order,
     Problem,
     Step,
     TensorView,
@@ -39,8 +38,8 @@ from lowbit.conformance.backend import (
 from ..domain import refusal
 from . import gemm_w4a8_f16 as half_precision
 from .build import Unit, library
-from .device import check, same_device
-from .gemm_w4a8_schedule import stream_bytes
+from .device import check, processors, same_device
+from .gemm_w4a8_schedule import stream_bytes, stream_cuts
 from .launch import entry, launch
 
 __all__ = [
@@ -193,42 +192,40 @@ def unsupported(problem: Problem) -> str | None:
 
 
 def tactics(problem: Problem) -> tuple[str, ...]:
-    """The dispatch's choice, then every other tactic that takes the problem and declares its bits. Those that declare an interval
-    are candidates: called by name, and listed, hence certified, once the table dispatches them. Of `folded` the interval of any
-    order of k is so wide that some cases would accept zeros, and such cases fail."""
+    """The dispatch's choice, then every other tactic that takes the problem."""
     variant, k, group, grouped = problem.variant, problem.dim("k"), problem.dim("g"), problem.op == OPS[1]
     first = dispatch(variant, _tokens(problem), problem.dim("n"), k, group, grouped)
     takers = _takers(variant, problem.dim("m"), k, group, grouped)
-    return (first, *(name for name in takers if name != first and name in TACTICS and not TACTICS[name].stream))
+    return (first, *(name for name in takers if name != first))
 
 
-def declaration(problem: Problem, tactic: str) -> Declaration:
+def declaration(problem: Problem, tactic: str, multiprocessors: int | None = None) -> Declaration:
     """folded: instructions of 32 k in ascending order, one accumulator per part of K. exact: one per group, multiplied by its
     scale and added to an f32 total by one FMA; codes of int4 are e4m3 exactly. Parts are added in ascending order in f32; then
     token scale, channel scale (one FMA with the bias), one cast. The bits depend on the parts of K alone, not on tiles, M or
     other rows.
 
-    Where blocks of K are dealt out, the parts of a tile are those that the numbers of tiles and of multiprocessors make: some
-    whole blocks of 128 each. Then the order of k is declared unknown, for `exact` that of the groups' sums, and the result lies
-    in the interval of any order. That holds the addition of parts in f32 as well: a part begins with an accumulator of zero, of
-    which its first instruction loses nothing, while the interval allows for the loss of a bit of 14. The same call gives the
-    same bits; a row's bits depend on M."""
-    if tactic in half_precision.TACTICS:
-        return half_precision.declaration(problem, tactic)
-    bias, stream, parts = problem.option("bias") == "bias", TACTICS[tactic].stream, TACTICS[tactic].parts
-    path, order = DATAPATHS["hopper_wgmma_fp8"], Order.UNKNOWN if stream else Order.ASCENDING
+    Where blocks of K are dealt out, the parts of a tile are those that the numbers of tiles and of multiprocessors make, some
+    whole blocks of 128 each: cuts are declared tile by tile, for a device of so many `multiprocessors` (None: the one that is at
+    hand). Then a row's bits depend on M."""
+    each = TACTICS.get(tactic)
+    count = processors() if multiprocessors is None else multiprocessors
+    if each is None:
+        return half_precision.declaration(problem, tactic, count)
+    bias, parts, path = problem.option("bias") == "bias", each.parts, DATAPATHS["hopper_wgmma_fp8"]
+    m, n, k = (problem.dim(letter) for letter in "mnk")
+    cuts = stream_cuts(each.tokens, each.bands, each.stream, m, n, k, count) if each.stream else ()
     if _exact(problem.variant):
         steps: tuple[Step, ...] = (mul("group_scale", join=Join.FUSED),)
         main = Contraction(
-            ("a", "w"), path, segment=problem.dim("g"), steps=steps, splits=parts, reduction_order=order, conversion=E4M3FN
+            ("a", "w"), path, segment=problem.dim("g"), steps=steps, splits=parts, conversion=E4M3FN, cuts=cuts
         )
     else:
-        main = Contraction(("a", "w"), path, order=order, splits=parts)
+        main = Contraction(("a", "w"), path, splits=parts, cuts=cuts)
     tail = (add("bias"),) if bias else ()
     channel = mul("channel_scale", join=Join.FUSED if bias else Join.SEPARATE)
     out = cast(_OUT[problem.option("out")])
-    claim = Claim.BOUNDED if stream else Claim.BIT_EXACT
-    return Declaration((main, mul("token_scale"), channel, *tail, out), claim, batch_invariant=not stream)
+    return Declaration((main, mul("token_scale"), channel, *tail, out), Claim.BIT_EXACT, batch_invariant=not each.stream)
 
 
 def workspace_bytes(tactic: str, m: int, n: int, k: int) -> int:

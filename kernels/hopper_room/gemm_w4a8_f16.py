@@ -21,7 +21,6 @@ from lowbit.conformance.backend import (
     Contraction,
     Declaration,
     Join,
-    Order,
     Problem,
     add,
     cast,
@@ -29,7 +28,7 @@ from lowbit.conformance.backend import (
 )
 
 from .build import Unit, library
-from .gemm_w4a8_schedule import stream_bytes
+from .gemm_w4a8_schedule import stream_bytes, stream_cuts
 from .launch import launch
 
 __all__ = ["TACTICS", "UNITS", "Tactic", "declaration", "defines", "image_bytes", "multiply", "takes", "workspace"]
@@ -43,6 +42,10 @@ _OP, _VARIANT = "gemm_w4a8_fp8", "exact"
 _GROUPS = (64, 128)
 _BANDS = 4  # of 64 rows of W in a block of threads
 _BLOCK = 128  # k of a packed block
+_ORDER = tuple(16 * (place % 2) + 4 * (place % 8 // 2) + place // 8 for place in range(32))
+"""Which k of 32 two instructions of 16 take at which place. In A's fragment (PTX ISA, m64nNk16, 16-bit operands) half h of
+register 2 r of lane l is k = 2 l + h + 8 r; instruction f has there nibble j = 2 f + r + 4 h of the packed word, which is
+k = 4 l + j below j = 4 and k = 16 + 4 l + j - 4 from there on."""
 _OUT = {"bf16": BF16, "f16": F16}
 
 
@@ -79,19 +82,20 @@ def takes(tactic: str, op: str, variant: str, m: int) -> bool:
     return op == _OP and variant == _VARIANT and m <= TACTICS[tactic].tokens
 
 
-def declaration(problem: Problem, tactic: str) -> Declaration:
-    """Codes become binary16, exactly. The sum of a group is one accumulator of K = 16 instructions, multiplied by its scale and
-    added to an f32 total by one FMA. Totals over parts of K are added in ascending order in f32; where K is cut depends on N, K
-    and the number of multiprocessors, so that any cut between groups is admitted. Then token scale, channel scale (one FMA with
-    the bias), one cast. A row's bits depend neither on M nor on other rows."""
-    bias = problem.option("bias") == "bias"
+def declaration(problem: Problem, tactic: str, multiprocessors: int) -> Declaration:
+    """Codes become binary16, exactly. The sum of a group is one accumulator of K = 16 instructions, which take each 32 k in an
+    order of their own (`k_order`), multiplied by its scale and added to an f32 total by one FMA. Totals over parts of K are added
+    in ascending order in f32; where K is cut depends on N, K and the number of multiprocessors. Then token scale, channel scale
+    (one FMA with the bias), one cast. A row's bits depend neither on M nor on other rows."""
+    bias, each = problem.option("bias") == "bias", TACTICS[tactic]
+    m, n, k = (problem.dim(letter) for letter in "mnk")
     main = Contraction(
-        ("a", "w"), DATAPATHS["hopper_f16"], order=Order.UNKNOWN, segment=problem.dim("g"),
-        steps=(mul("group_scale", join=Join.FUSED),), reduction_order=Order.UNKNOWN, conversion=F16,
+        ("a", "w"), DATAPATHS["hopper_f16"], segment=problem.dim("g"), steps=(mul("group_scale", join=Join.FUSED),),
+        conversion=F16, cuts=stream_cuts(each.tokens, _BANDS, each.cluster, m, n, k, multiprocessors), k_order=_ORDER,
     )
     tail = (add("bias"),) if bias else ()
     channel = mul("channel_scale", join=Join.FUSED if bias else Join.SEPARATE)
-    return Declaration((main, mul("token_scale"), channel, *tail, cast(_OUT[problem.option("out")])), Claim.BOUNDED)
+    return Declaration((main, mul("token_scale"), channel, *tail, cast(_OUT[problem.option("out")])), Claim.BIT_EXACT)
 
 
 def image_bytes(tactic: str, k: int) -> int:

@@ -21,6 +21,7 @@ import torch
 
 from lowbit.conformance.backend import Declaration, Problem, TensorView
 from lowbit.kernels.cuda_hopper import CudaHopper, modules
+from lowbit.kernels.hopper_room import gemm_w4a8
 
 if str(Path(__file__).parent) not in sys.path:
     sys.path.append(str(Path(__file__).parent))
@@ -91,7 +92,10 @@ class EmulatedHopper(CudaHopper):
         return str(reason) if (reason := modules()[problem.op].unsupported(problem)) else None
 
     def declare(self, problem: Problem, tactic: str) -> Declaration:
-        return CudaHopper.declare(self, problem, Run.of(tactic, self.settings).tactic)
+        run = Run.of(tactic, self.settings)
+        if problem.op in gemm_w4a8.OPS:  # where K is cut depends on the machine
+            return gemm_w4a8.declaration(problem, run.tactic, run.settings.processors)
+        return CudaHopper.declare(self, problem, run.tactic)
 
     def workspace(self, problem: Problem, tactic: str) -> int:
         return CudaHopper.workspace(self, problem, Run.of(tactic, self.settings).tactic)
