@@ -79,9 +79,11 @@ def test_tactics_are_those_of_the_variant_and_each_once() -> None:
     # blocks over 132 multiprocessors, by hand: 12288 / 96 = 128, 14336 / 112 = 128, 73728 / 112 = 658.3 -> 659 of 660
     ("m1n12288k12288", 1), ("m64n12288k36864", 1), ("m1n14336k12288", 1), ("m64n73728k12288", 5), ("m128n12288k12288", 1),
     ("m128n14336k12288", 1),
-    # 2 x 64 tiles of 192, 2 x 64 of 224, 4 x 64 of 192, 8 x 64 of 192, 2 x 330 of 224
-    ("m256n12288k12288", 1), ("m256n14336k12288", 1), ("m512n12288k12288", 2), ("m1024n12288k12288", 4),
-    ("m256n73728k12288", 5),
+    # 2 x 64 tiles of 192, 2 x 64 of 224, 4 x 64 of 192, 2 x 330 of 224; 8 x 48 of 256 in 3 waves and not 8 x 64 of 192 in 4,
+    # 16 x 56 of 256 in 7 and not 16 x 64 of 224 in 8, 32 x 288 of 256 in 70 and not 32 x 330 of 224 in 80: as many products, and
+    # fewer tiles
+    ("m256n12288k12288", 1), ("m256n14336k12288", 1), ("m512n12288k12288", 2), ("m256n73728k12288", 5),
+    ("m1024n12288k12288", 3), ("m2048n14336k12288", 7), ("m4096n73728k12288", 70),
 ])
 def test_the_dispatched_tile_leaves_few_multiprocessors_idle(shape: str, waves: int) -> None:
     found = problem(f"scaled/{shape}/bf16")

@@ -48,13 +48,21 @@ static_assert(CLUSTER == 1 || (PARTS == 1 && TOKENS % (8 * CLUSTER) == 0), "bloc
 static_assert(!STREAM || PARTS == 1, "K is cut in one way");
 
 // Eight weights of a word to e4m3: low holds k = 0 to 3 of the thread, high those 16 further. table: bytes of 0 to 7, of -8 to
-// -1. half: 2^16, which the compiler does not know: a shift would run where nearly all of this runs, a product runs elsewhere.
+// -1. half: 2^16, which the compiler does not know. Where the matrix unit is to be busy all the time, words are shifted by
+// rotations, which the compiler leaves what they are. Integer products, which it makes of shifts as well, hold up the unit: on an
+// H200, 128 k of a tile of 128 x 256 took 1191 clocks with them and take 1040 without, of which the unit needs 1024. Where
+// weights come at the memory's pace, a shift would run where nearly all of this runs, and a product runs elsewhere.
 DEVICE void expand(uint32_t word, const uint4& table, uint32_t half, uint32_t& low, uint32_t& high) {
-  const uint32_t places = word & 0x77777777u, shifted = word << 4;
-  uint64_t wide;
-  uint32_t mask, next, positive, negative;  // masks: bytes of ones where the value is not negative
-  asm("mul.wide.u32 %0, %1, %2;" : "=l"(wide) : "r"(places), "r"(half));
-  const uint32_t second = (uint32_t)(wide >> 32);
+  const uint32_t places = word & 0x77777777u;
+  uint32_t shifted, second, mask, next, positive, negative;  // masks: bytes of ones where the value is not negative
+  if (TOKENS >= 128) {
+    asm("shf.r.wrap.b32 %0, %1, %1, 28;" : "=r"(shifted) : "r"(word));  // four to the left; nobody reads the lowest four
+    asm("shf.r.wrap.b32 %0, %1, %1, 16;" : "=r"(second) : "r"(places));
+  } else {
+    uint64_t wide;
+    asm("mul.wide.u32 %0, %1, %2;" : "=l"(wide) : "r"(places), "r"(half));
+    shifted = word << 4, second = (uint32_t)(wide >> 32);
+  }
   asm("prmt.b32 %0, %1, %2, 0xd9c8;" : "=r"(mask) : "r"(shifted), "r"(word));
   asm("prmt.b32 %0, %1, %2, 0xfbea;" : "=r"(next) : "r"(shifted), "r"(word));
   asm("prmt.b32 %0, %1, %2, %3;" : "=r"(positive) : "r"(table.x), "r"(table.y), "r"(places));

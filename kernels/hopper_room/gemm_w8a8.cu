@@ -74,13 +74,13 @@ struct Format<F32> {
 
 // One element: channel, token and bias with one rounding each (the last two joined), then the cast. AFTER rounds twice, as
 // declared.
-template <int OUT>
-__device__ __forceinline__ typename Format<OUT>::T finished(float sum, float channel, float token, float bias, int form) {
+template <int OUT, int FORM>
+__device__ __forceinline__ typename Format<OUT>::T finished(float sum, float channel, float token, float bias) {
   typedef Format<OUT> F;
   const float scaled = SUMS == 2 ? sum : __fmul_rn(sum, channel);
-  if (form == BEFORE) return F::of(SUMS == 2 ? __fadd_rn(scaled, bias) : __fmaf_rn(scaled, token, bias));
+  if (FORM == BEFORE) return F::of(SUMS == 2 ? __fadd_rn(scaled, bias) : __fmaf_rn(scaled, token, bias));
   const typename F::T plain = F::of(SUMS == 2 ? scaled : __fmul_rn(scaled, token));
-  return form == AFTER ? F::of(__fadd_rn(F::value(plain), bias)) : plain;
+  return FORM == AFTER ? F::of(__fadd_rn(F::value(plain), bias)) : plain;
 }
 
 template <int OUT>
@@ -88,7 +88,7 @@ __device__ __forceinline__ float bias_at(const Arguments& g, int n) {
   return Format<OUT>::value(((const typename Format<OUT>::T*)g.bias)[n]);
 }
 
-// What the epilogue of a tile multiplies by and adds: asked for before the sums, so that it is there after them.
+// What the epilogue of a tile multiplies by and adds: asked for a tile ahead, so that nothing waits for it.
 struct Factors {
   float channel[(TN + 127) / 128], bias[(TN + 127) / 128], token[2];
 };
@@ -114,7 +114,7 @@ __device__ __forceinline__ Factors factors_of(const Arguments& g, int m0, int n0
 
 // The 16 rows of a warp, those below `rows`, 128 bytes of columns at a time through shared memory, so that stores are 16 bytes
 // and whole lines. `factors`: channel scales of the tile, then its bias.
-template <int OUT>
+template <int OUT, int FORM>
 __device__ __forceinline__ void store_rows(const Arguments& g, const float (&d)[TN / 2], const float (&token)[2],
                                            const float* factors, char* staged, int m0, int n0, int rows) {
   typedef typename Format<OUT>::T T;
@@ -123,16 +123,18 @@ __device__ __forceinline__ void store_rows(const Arguments& g, const float (&d)[
   const bool whole = g.stride % PART == 0;
 #pragma unroll
   for (int from = 0; from < TN; from += WIDE) {
+    uint4 found[4];
 #pragma unroll
     for (int j = 0; j < WIDE / 8; ++j) {
       const int column = from + 8 * j;
       if (column >= TN) break;
-      const float2 channel = *(const float2*)(factors + column + pair), bias = *(const float2*)(factors + TN + column + pair);
+      const float2 channel = SUMS == 2 ? float2() : *(const float2*)(factors + column + pair);
+      const float2 bias = FORM == NONE ? float2() : *(const float2*)(factors + TN + column + pair);
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const float* sum = d + (column / 8) * 4 + 2 * half;
-        T both[2] = {finished<OUT>(sum[0], channel.x, token[half], bias.x, g.bias_form),
-                     finished<OUT>(sum[1], channel.y, token[half], bias.y, g.bias_form)};
+        T both[2] = {finished<OUT, FORM>(sum[0], channel.x, token[half], bias.x),
+                     finished<OUT, FORM>(sum[1], channel.y, token[half], bias.y)};
         char* to = staged + (row + 8 * half) * PITCH + (8 * j + pair) * sizeof(T);
         if (sizeof(T) == 4)
           *(float2*)to = *(const float2*)both;
@@ -142,21 +144,38 @@ __device__ __forceinline__ void store_rows(const Arguments& g, const float (&d)[
     }
     __syncwarp();
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const int vector = lane + 32 * i, m = m0 + vector / 8, column = from + vector % 8 * PART, n = n0 + column;
-      if (column < TN && m < rows && n < g.n) {
-        const uint4 found = *(const uint4*)(staged + vector / 8 * PITCH + vector % 8 * 16);
-        T* to = (T*)g.d + (long long)m * g.stride + n;
-        if (whole) {
-          *(uint4*)to = found;
-        } else {
+    for (int i = 0; i < 4; ++i) found[i] = *(const uint4*)(staged + (lane / 8 + 4 * i) * PITCH + lane % 8 * 16);
+    const int column = from + lane % 8 * PART, n = n0 + column, m = m0 + lane / 8;
+    const bool inside = column < TN && n < g.n;
+    T* to = (T*)g.d + (long long)m * g.stride + n;
+    if (whole) {
 #pragma unroll
-          for (int e = 0; e < PART; ++e) to[e] = ((const T*)&found)[e];
+      for (int i = 0; i < 4; ++i) {
+        if (inside && m + 4 * i < rows) *(uint4*)(to + 4 * i * g.stride) = found[i];
+      }
+    } else {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+#pragma unroll
+        for (int e = 0; e < PART; ++e) {
+          if (inside && m + 4 * i < rows) to[4 * i * g.stride + e] = ((const T*)&found[i])[e];
         }
       }
     }
     __syncwarp();
   }
+}
+
+// One decision for a tile, none per element.
+template <int OUT>
+__device__ __forceinline__ void store_tile(const Arguments& g, const float (&d)[TN / 2], const float (&token)[2],
+                                           const float* factors, char* staged, int m0, int n0, int rows) {
+  if (g.bias_form == NONE)
+    store_rows<OUT, NONE>(g, d, token, factors, staged, m0, n0, rows);
+  else if (g.bias_form == BEFORE)
+    store_rows<OUT, BEFORE>(g, d, token, factors, staged, m0, n0, rows);
+  else
+    store_rows<OUT, AFTER>(g, d, token, factors, staged, m0, n0, rows);
 }
 
 // An arrival without an order of its own: what was read before it, the unit read, and that has ended.
@@ -258,10 +277,12 @@ gemm_w8a8_fp8(const __grid_constant__ CUtensorMap map_a, const __grid_constant__
       for (int i = 0; i < TK / 32; ++i) sm90::Wgmma<TN>::shared(d, a + 2 * i, w + 2 * i, !fresh || i > 0);
       sm90::wgmma_commit();
     };
+    const int within = group * 64 + warp % 4 * 16;
+    Place following = place_of(blockIdx.x / CLUSTER, rank, units_m, tiles_n);
+    Factors f = factors_of(g, following.m + within, following.n);
     for (int unit = blockIdx.x / CLUSTER; unit < units; unit += stride) {
-      const Place at = place_of(unit, rank, units_m, tiles_n);
-      const int m0 = at.m + group * 64 + warp % 4 * 16;
-      const Factors f = factors_of(g, m0, at.n);
+      const Place at = following;
+      const int m0 = at.m + within;
       float d[TN / 2];
       if (SUMS == 0) {
         int last = 0;
@@ -313,12 +334,17 @@ gemm_w8a8_fp8(const __grid_constant__ CUtensorMap map_a, const __grid_constant__
       }
       sm90::sync_threads(1 + group, 128);
       const int rows = min(g.m, at.m + TM);
+      const float token[2] = {f.token[0], f.token[1]};
+      if (unit + stride < units) {
+        following = place_of(unit + stride, rank, units_m, tiles_n);
+        f = factors_of(g, following.m + within, following.n);
+      }
       if (g.out == BF16)
-        store_rows<BF16>(g, d, f.token, factors, own, m0, at.n, rows);
+        store_tile<BF16>(g, d, token, factors, own, m0, at.n, rows);
       else if (g.out == F16)
-        store_rows<F16>(g, d, f.token, factors, own, m0, at.n, rows);
+        store_tile<F16>(g, d, token, factors, own, m0, at.n, rows);
       else
-        store_rows<F32>(g, d, f.token, factors, own, m0, at.n, rows);
+        store_tile<F32>(g, d, token, factors, own, m0, at.n, rows);
     }
   }
   if (CLUSTER > 1) {  // a block's memory stays until the others have written to it and signalled

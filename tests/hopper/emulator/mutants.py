@@ -268,6 +268,12 @@ MUTANTS: dict[str, Mutant] = {
         )},
         _SHORT, "fast_m64n96@early-early-s3-p2", "bits",
     ),
+    "w8_factors_of_the_tile_before": Mutant(
+        {_W8: (
+            ("        f = factors_of(g, following.m + within, following.n);\n", ""),
+        )},
+        _FAST, "fast_m64n96@early-late-s1-p2", "bits",
+    ),
     "w8_warp_not_met": Mutant(
         {_W8: (
             ("    }\n    __syncwarp();\n#pragma unroll\n", "    }\n#pragma unroll\n"),
