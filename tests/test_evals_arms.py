@@ -483,9 +483,36 @@ def test_a_state_per_number_of_rows() -> None:
         arm.run(layer, found.x[:rows])
     assert backend.prepared == [1, 5, 3]
     assert arm.kernels == {"kernel_slow": 2, "kernel_fast": 2}
-    once = BackendArm(Counted())
-    with pytest.raises(ArmError, match=r"^model.layers.3.up: backend counted has no tactic 'slow' for .*; it has fast, wide"):
-        once.run(once.prepare(found.linear, BF16, CPU), found.x)
+
+
+class Turning(Counted):
+    """Offers one tactic for few rows and two for more, none of them the same."""
+
+    def tactics(self, problem: Problem) -> tuple[str, ...]:
+        return ("row",) if problem.dim("m") < 5 else ("tile", "wide")
+
+
+def test_a_call_is_computed_by_the_tactic_that_is_offered_first_for_its_rows() -> None:
+    """One state per tactic, made for one row where that has the tactic; without another tactic for one row none is made later."""
+    found, backend = drawn(PROBLEMS[0]), Counted()
+    arm = BackendArm(backend)
+    layer = arm.prepare(found.linear, BF16, CPU)
+    for rows in (1, 5, 5, 3, 1):
+        arm.run(layer, found.x[:rows])
+    assert backend.prepared == [1, 1]
+    assert arm.kernels == {"kernel_slow": 3, "kernel_fast": 2}
+    assert sorted(layer.states) == ["fast", "slow"]
+    backend = Counted()
+    backend.tactics = lambda problem: ("slow", "fast") if problem.dim("m") < 5 else ("wide",)  # type: ignore[method-assign]
+    arm = BackendArm(backend)
+    layer = arm.prepare(found.linear, BF16, CPU)
+    arm.run(layer, found.x)
+    assert (backend.prepared, arm.kernels) == ([1, 5], {"kernel_wide": 1})
+    once = BackendArm(Turning())
+    layer = once.prepare(found.linear, BF16, CPU)
+    assert layer.codes is None
+    with pytest.raises(ArmError, match=r"^model.layers.3.up: backend counted has no tactic 'row' for .*; it has tile, wide;"):
+        once.run(layer, found.x)
 
 
 def test_a_backend_that_refuses_is_named_with_the_layer() -> None:

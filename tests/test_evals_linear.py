@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
 
 from lowbit.conformance.case import Tensor
-from lowbit.conformance.evals.activations import codes_of
+from lowbit.conformance.evals import linear
+from lowbit.conformance.evals.activations import InputRule, codes_of
 from lowbit.conformance.evals.arms import ArmError, ReferenceArm
 from lowbit.conformance.evals.backend_arm import BackendArm
 from lowbit.conformance.evals.linear import ContractLinear
@@ -64,3 +68,21 @@ def test_other_inputs_are_refused() -> None:
         layer()(torch.zeros(2, K, dtype=torch.bfloat16, device="meta"))
     with pytest.raises(ValueError, match=r"^inputs are torch.float32, the layer was prepared for torch.bfloat16"):
         layer()(torch.zeros(2, K))
+
+
+@pytest.mark.parametrize(("recipe", "sizes"), [("vllm_fp8_token", [3, 3, 1]), ("vllm_fp8_tensor", [7])])
+def test_many_rows_are_several_calls(recipe: str, sizes: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Seven rows, three at a time; with one scale for all rows they stay together."""
+    seen = list[int]()
+
+    class Twice:
+        def run(self, layer: Any, x: torch.Tensor) -> torch.Tensor:
+            seen.append(x.shape[0])
+            return 2 * x
+
+    monkeypatch.setattr(linear, "_ROWS", 3)
+    layer = SimpleNamespace(name="up", n=4, k=4, device=torch.device("cpu"), inputs=InputRule(recipe, BF16))
+    x = torch.arange(28.0).reshape(7, 4)
+    arm: Any = Twice()
+    assert torch.equal(linear.ContractLinear(arm, layer)(x), 2 * x)
+    assert seen == sizes

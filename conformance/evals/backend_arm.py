@@ -1,9 +1,9 @@
 """A registered backend as an arm: its kernels run inside a model, in this process.
 
-Decides: the memory that a backend is handed (torch tensors, or NumPy arrays over them for host backends), how often `prepare` is
-called, and which of its own quantisers it may use. Refuses: problems that the backend does not support and tactics that it does
-not have, in one sentence that names the layer; an exception of the backend becomes one, too. Guard pages, red zones and isolation
-are the business of the conformance run: certify a backend before it serves.
+Decides: the memory that a backend is handed (torch tensors, or NumPy arrays over them for host backends), which tactic computes a
+call, how often `prepare` is called, and which of its own quantisers it may use. Refuses: problems that the backend does not
+support and tactics that it does not have, in one sentence that names the layer; an exception of the backend becomes one, too.
+Guard pages, red zones and isolation are the business of the conformance run: certify a backend before it serves.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ __all__ = ["BackendArm"]
 
 @dataclass(slots=True, eq=False)
 class _Placed:
-    """A layer of a backend. `codes`: constants of the GEMM, kept only while `prepare` may be called again. `nbytes`: of the codes
-    that were handed over; what a backend keeps of them it does not say."""
+    """A layer of a backend. `states`: what `prepare` made, by tactic. `codes`: constants of the GEMM, kept only while `prepare`
+    may be called again. `nbytes`: of the codes that were handed over; what a backend keeps of them it does not say."""
 
     name: str
     n: int
@@ -43,10 +43,10 @@ class _Placed:
     device: torch.device
     nbytes: int
     problem: Problem  # of one row
-    state: Any
+    states: dict[str, Any]
     inputs: InputRule
     codes: Mapping[str, Tensor] | None
-    prepared: int  # rows of the problem that `state` was made for
+    prepared: int  # rows of the problem that the last state was made for
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,9 +68,10 @@ class BackendArm:
     """The arm of a backend. Its outputs hold NaN before each run.
 
     `reference`: `name` or `name:argument` of an entry point, `python:FILE.py:ATTRIBUTE`, or the backend itself. `tactic`: one of
-    the backend's, by default the first that it offers for one row. `prepare` is called once per layer, with the problem of one
-    row, and its state serves all calls; `per_rows` asks for tactic and state again whenever the number of rows changes, as the
-    conformance run does, for a backend that packs by M (this keeps the codes beside the state).
+    the backend's for all calls, by default the first that it offers for the rows of each call. `prepare` is called once per layer
+    and tactic, with the problem of one row where that has the tactic and else with that of the call, and its state serves all
+    calls of the tactic; `per_rows` asks for the state again whenever the number of rows changes, as the conformance run does, for
+    a backend that packs by M. Codes are kept beside the states, unless the backend offers one tactic for one row or was told one.
     `quantises`: activations are quantised by the backend's own op where it supports that; otherwise, and by default, by the
     reference. `kernels`: names that `run` has returned, with their number of calls.
     """
@@ -92,7 +93,7 @@ class BackendArm:
 
     def _chosen(self, problem: Problem) -> str:
         """The tactic that a problem is computed by."""
-        return self._tactic or self._call(problem, problem.dim("m") if self._per_rows else 1).offered[0]
+        return self._tactic or self._call(problem, problem.dim("m")).offered[0]
 
     def _call(self, problem: Problem, m: int) -> _Call:
         """A problem with `m` rows instead of its own; the backend is asked once what it says of it."""
@@ -115,36 +116,49 @@ class BackendArm:
         """The layer as the backend's state. Raises ArmError where the backend does not support it."""
         problem = problem_of(linear, 1, out, bias=bias is not None)
         call = self._call(problem, 1)
-        self._check(linear.name, call)
+        tactic = self._check(linear.name, call)
         codes = gemm_constants(linear, bias)
         nbytes = sum(tensor.codes.nbytes for tensor in codes.values())
         inputs = input_rule(linear, out, device)
-        layer = _Placed(linear.name, linear.n, linear.k, out, device, nbytes, problem, None, inputs, codes, 0)
-        self._pack(layer, call)
-        if not self._per_rows:
+        layer = _Placed(linear.name, linear.n, linear.k, out, device, nbytes, problem, {}, inputs, codes, 0)
+        self._pack(layer, call, tactic)
+        if not self._per_rows and (self._tactic or len(call.offered) == 1):
             layer.codes = None
         return layer
 
     def _check(self, name: str, call: _Call) -> str:
-        """The tactic of a call. Raises ArmError for a problem that is not supported, or has another tactic than the layer was
-        prepared for."""
+        """The tactic of a call. Raises ArmError for a problem that is not supported, or lacks the tactic that was named."""
         if call.reason is not None:
             text = f"{name}: backend {self.name} does not compute {call.problem}: {call.reason}"
             raise ArmError(f"{text}; choose another recipe, or ignore the layer")
-        tactic = self._chosen(call.problem)
+        tactic = self._tactic or call.offered[0]
         if tactic not in call.offered:
-            text = f"{name}: backend {self.name} has no tactic {tactic!r} for {call.problem}; it has {', '.join(call.offered)}"
-            raise ArmError(f"{text}; name one of these, or prepare per number of rows")
+            raise ArmError(f"{self._lacks(name, call, tactic)}; name one of these, or prepare per number of rows")
         return tactic
 
-    def _pack(self, layer: _Placed, call: _Call) -> None:
+    def _lacks(self, name: str, call: _Call, tactic: str) -> str:
+        return f"{name}: backend {self.name} has no tactic {tactic!r} for {call.problem}; it has {', '.join(call.offered)}"
+
+    def _pack(self, layer: _Placed, call: _Call, tactic: str) -> None:
         """Give the constants to the backend."""
         assert layer.codes is not None
         codes = {name: torch_codes(tensor.codes) for name, tensor in layer.codes.items()}
-        layer.state = self._views(call, codes, Role.CONSTANT)
+        state: Any = self._views(call, codes, Role.CONSTANT)
         if hasattr(self.backend, "prepare"):
-            layer.state = self._called(layer.name, call.problem, "prepare", self._chosen(call.problem), layer.state)
-        layer.prepared = call.problem.dim("m")
+            state = self._called(layer.name, call.problem, "prepare", tactic, state)
+        layer.states[tactic], layer.prepared = state, call.problem.dim("m")
+
+    def _state(self, layer: _Placed, call: _Call, tactic: str) -> Any:
+        """What `prepare` made for a tactic, made now where it is missing. Raises ArmError where it cannot be made any more."""
+        if self._per_rows and layer.prepared != call.problem.dim("m"):
+            layer.states.clear()
+            self._pack(layer, call, tactic)
+        elif tactic not in layer.states:
+            if layer.codes is None:  # the one tactic for one row is not offered here
+                raise ArmError(f"{self._lacks(layer.name, call, next(iter(layer.states)))}; prepare per number of rows")
+            one = self._call(layer.problem, 1)
+            self._pack(layer, one if tactic in one.offered else call, tactic)
+        return layer.states[tactic]
 
     def _called(self, name: str, problem: Problem, method: str, *arguments: Any) -> Any:
         try:
@@ -173,9 +187,7 @@ class BackendArm:
         """D of one call."""
         call = self._call(layer.problem, x.shape[0])
         tactic = self._check(layer.name, call)
-        if self._per_rows and layer.prepared != x.shape[0]:
-            self._pack(layer, call)
-        outputs = self._run(layer.name, call, tactic, layer.state, self._inputs(layer, x))
+        outputs = self._run(layer.name, call, tactic, self._state(layer, call, tactic), self._inputs(layer, x))
         found = outputs["d"].memory
         codes = torch.from_numpy(found.view(np.int16)) if isinstance(found, np.ndarray) else found
         return codes.view(DTYPES[layer.out]).to(x.device)

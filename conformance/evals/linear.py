@@ -1,7 +1,7 @@
 """A Linear of a model whose product an arm computes.
 
-Decides: shapes (leading axes are flattened to rows, no rows give no rows), where the bias goes (into the op, before its one
-cast), and what a recorder sees. Gradients end here.
+Decides: shapes (leading axes are flattened to rows, no rows give no rows), how many rows an arm gets at a time, where the bias
+goes (into the op, before its one cast), and what a recorder sees. Gradients end here.
 Refuses: inputs of another dtype, width or device than the layer was prepared for.
 """
 
@@ -12,9 +12,13 @@ from typing import Any
 
 import torch
 
+from .activations import InputRule
 from .arms import Arm, ArmError
 
 __all__ = ["ContractLinear", "Recorder"]
+
+_ROWS = 1 << 16
+"""Rows of one call: long prompts of many questions are calls of so many, as an arm needs ten times their memory, and more."""
 
 Recorder = Callable[[str, torch.Tensor, torch.Tensor], None]
 """Called after each forward with the layer's name, its inputs [M, K] and its outputs [M, N], before they are given on."""
@@ -38,11 +42,18 @@ class ContractLinear(torch.nn.Module):
                 f"{self.layer.device}; swap with the device that the model runs on"
             )
         rows = x.detach().reshape(-1, self.in_features)
-        found = self.arm.run(self.layer, rows) if rows.shape[0] else rows.new_empty((0, self.out_features))
+        found = self._computed(rows) if rows.shape[0] else rows.new_empty((0, self.out_features))
         if self.recorder is not None:
             self.recorder(self.layer.name, rows, found)
         result: torch.Tensor = found.reshape(*x.shape[:-1], self.out_features)
         return result
+
+    def _computed(self, rows: torch.Tensor) -> torch.Tensor:
+        rule = getattr(self.layer, "inputs", None)
+        shared = isinstance(rule, InputRule) and rule.recipe == "vllm_fp8_tensor"  # one scale for all rows
+        if shared or rows.shape[0] <= _ROWS:
+            return self.arm.run(self.layer, rows)
+        return torch.cat([self.arm.run(self.layer, rows[at : at + _ROWS]) for at in range(0, rows.shape[0], _ROWS)])
 
     def extra_repr(self) -> str:
         """Name, shape and arm."""

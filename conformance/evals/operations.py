@@ -28,6 +28,7 @@ from ..case import Case, Operands, Problem
 from ..ops import ops
 from .activations import codes_of
 from .arms import Arm, call_operands
+from .echo import deviations
 from .linear import ContractLinear
 from .models import Feed, Loaded, Source, answer_logits
 from .recorded import Recorded, store
@@ -67,13 +68,15 @@ def inputs_of(reference: Loaded, texts: Sequence[tuple[Sequence[int], Sequence[i
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Called:
-    """One call of a layer by an arm: what it was given, what it gave, and what the reference arm gave."""
+    """One call of a layer by an arm: what it was given, what it gave, what the reference arm gave, and by how much these differ
+    as `deviations` has it."""
 
     problem: Problem
     operands: Operands
     declaration: Declaration
     found: Codes
     wanted: Codes
+    moved: torch.Tensor
 
     def outside(self) -> int:
         """Outputs that the declaration does not admit."""
@@ -83,11 +86,12 @@ class _Called:
 
 def judge_operations(
     given: Source, reference: Loaded, backend: Loaded, arm: Arm, inputs: Mapping[str, torch.Tensor], folder: Path,
-    *, closely: bool = False,
+    *, closely: bool = False, moved: dict[str, torch.Tensor] | None = None,
 ) -> list[Operation]:
     """Every layer of `inputs`, in its order. `folder`: where the first faulty call is written; what another run left there is
-    removed. `closely`: also on 5 and on 67 rows. Where `inputs` has fewer rows than a block, the block is of those. Intervals are
-    worked out by as many threads as torch has; the arms are called one after the other."""
+    removed. `closely`: also on 5 and on 67 rows. `moved`: gets the deviations [rows, N] of each layer without an output outside.
+    Where `inputs` has fewer rows than a block, the block is of those. Intervals are worked out by as many threads as torch has;
+    the arms are called one after the other."""
     for left in folder.glob("*.safetensors"):
         left.unlink()
     rows, threads = _MORE_ROWS if closely else _ROWS, torch.get_num_threads()
@@ -96,6 +100,8 @@ def judge_operations(
     def finish() -> None:
         name, calls, counts = waiting.popleft()
         judged.append(_judged(name, arm.name, calls, [count.result() for count in counts], folder))
+        if moved is not None and not judged[-1].outside:
+            moved[name] = torch.cat([call.moved for call in calls])
 
     with ThreadPoolExecutor(threads) as pool:
         for name, x in inputs.items():
@@ -119,8 +125,9 @@ def _calls(
     for rows in sorted({min(size, len(x)) for size in sizes}):
         part = x[:rows].contiguous()
         problem, operands = call_operands(linear, other.layer.out, part, bias)
-        found, wanted = (codes_of(module(part.clone())).cpu().numpy().view(np.uint16) for module in (own, other))
-        made.append(_Called(problem, operands, arm.declare(problem), found, wanted))
+        outputs = [module(part.clone()) for module in (own, other)]
+        found, wanted = (codes_of(output).cpu().numpy().view(np.uint16) for output in outputs)
+        made.append(_Called(problem, operands, arm.declare(problem), found, wanted, deviations(part, *outputs).cpu()))
     return made
 
 

@@ -83,11 +83,11 @@ class TaskResult:
 
 @dataclass(frozen=True, slots=True)
 class Kernel:
-    """What is said of the backend's kernels. `tokens`: per-token test over all tasks. `recipe_kl`: mean divergence of the
-    full-precision model from the reference on the same texts. `operations`: each Linear on its own, in the order of the forward.
-    `first`: the first with an output outside its admissible interval, `bundle`: the file that holds its call. `localised`: keys
-    of the texts whose inputs the operations were judged on. `outcome`: DRIFTS where there is such an operation, else what the
-    per-token test says."""
+    """What is said of the backend's kernels. `tokens`: per-token test over all tasks, its floor with the deviations that judged
+    operations showed. `recipe_kl`: mean divergence of the full-precision model from the reference on these texts. `operations`:
+    each Linear on its own, in the order of the forward. `first`: the first with an output outside its admissible interval,
+    `bundle`: the file that holds its call. `localised`: keys of the texts whose inputs the operations were judged on. `outcome`:
+    DRIFTS where there is such an operation, else what the per-token test says."""
 
     tokens: TokenComparison
     recipe_kl: float | None

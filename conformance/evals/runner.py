@@ -6,8 +6,9 @@ answers/ARM-TASK.jsonl and tokens.jsonl as they are known, then eval.json, summa
 Refuses: settings that cannot be run, before a model is loaded, and a folder that holds another run: one sentence each.
 
 Recipe loss is reference against full precision, kernel error is backend against reference; both are paired by question. The
-verdict on the kernel comes from tokens and operations, which see what accuracy does not. NumPy's BLAS gets one thread: a host
-backend and torch would wait for each other's.
+verdict on the kernel comes from tokens and operations, which see what accuracy does not. Operations are judged before the tokens'
+floor is worked out: it has the deviations that were admitted there (`echo`). NumPy's BLAS gets one thread: a host backend and
+torch would wait for each other's.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from .arms import Arm, ArmError, ReferenceArm
 from .asking import ask
 from .backend_arm import BackendArm
 from .checkpoint import CheckpointError, open_checkpoint
+from .echo import Echo
 from .identity import about, identity, same_backend
 from .models import Feed, Loaded, Source, answer_logits, calibrated, config_of, load, load_full, source, tokenizer_of
 from .operations import inputs_of, judge_operations
@@ -55,7 +57,7 @@ _OFTEN = ("embedded_gsm8k", "embedded_choices")
 _STEPWISE = 8  # every eighth text is fed token by token
 _OTHER_FEED = {Feed.WHOLE: Feed.PARTS, Feed.STEPS: Feed.WHOLE}  # of the floor: as another batch would feed it
 _JUDGED = 8  # texts whose inputs the operations are judged on
-_CHOICES = 16  # questions at a time where each token of a prompt gets its logits: 5 GB for a prompt of 1,000 tokens, in 150,000
+_CHOICES = 8  # questions at a time where each token of a prompt gets its logits: 2.4 GB for a prompt of 1,000 tokens, in 150,000
 _KEPT = 1 << 28  # bytes of the reference's logits that are kept for the next arm
 _STOP_ROOM = 8  # an answer that ends so close to its limit was cut
 
@@ -151,6 +153,7 @@ def evaluate(
         **{f"backend_{key}": value for key, value in identity(own).items()},
         **{f"reference_{key}": value for key, value in identity(judge).items()},
     }
+    torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for each length of a text: 40 ms for a token
     datasets.disable_progress_bars()
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     transformers.utils.logging.disable_progress_bar()
@@ -164,11 +167,12 @@ def evaluate(
     maxima: dict[str, float] = {}
     if given.recipe is not None and (given.recipe.op, given.recipe.variant) == ("gemm_nvfp4", "plain"):
         maxima = calibrated(given, _calibration(tokenizer))
-    arms: dict[str, Arm] = {"reference": judge, "backend": own, "floor": ReferenceArm("floor", 2, True)}
+    floor, moved = ReferenceArm("floor", 2, True), dict[str, torch.Tensor]()
+    arms: dict[str, Arm] = {"reference": judge, "backend": own, "floor": floor}
     make: dict[str, Callable[[], Loaded]] = {name: _loader(given, arm, maxima) for name, arm in arms.items()}
     if plain is not None:
         make = {"full": _full_loader(plain, given, config)} | make
-    shelf = _Shelf(make, tokenizer, device)
+    shelf = _Shelf(make | {"echo": _loader(given, Echo(floor, moved), maxima)}, tokenizer, device)
 
     with threadpool_limits(limits=1, user_api="blas"):
         answered: dict[str, dict[str, list[Answered]]] = {one.name: {} for one in suites}
@@ -183,13 +187,16 @@ def evaluate(
         chosen = [text for one in suites for text in _texts(one, answered[one.name]["reference"], tokenizer, texts, seed, limits)]
         if len(chosen) < 2:
             raise EvalError(f"only {len(chosen)} texts can be compared token by token; ask more questions")
-        others = [arm for arm in make if arm != "reference"]
-        known = dict[str, torch.Tensor]()
-        differences = {arm: _differences(shelf, arm, chosen, known, Answers(out / "tokens.jsonl"), told) for arm in others}
+        others = [arm for arm in make if arm not in ("reference", "floor")]
+        known, kept = dict[str, torch.Tensor](), Answers(out / "tokens.jsonl")
+        differences = {arm: _differences(shelf, arm, chosen, known, kept, told) for arm in others}
         told("operations: each Linear on its own")
         judged = _changed(chosen, differences["backend"]) if localise else _spread(chosen, _JUDGED)
         inputs = inputs_of(shelf["reference"], [(text.context, text.answer) for text in judged])
-        operations = judge_operations(given, shelf["reference"], shelf["backend"], own, inputs, out / "first", closely=localise)
+        operations = judge_operations(
+            given, shelf["reference"], shelf["backend"], own, inputs, out / "first", closely=localise, moved=moved
+        )
+        differences["floor"] = _differences(shelf, "echo", chosen, known, kept, told)
         replaced = shelf["reference"].summary
         assert replaced is not None
     missing += _unjudged([layer.name for layer in replaced.layers], replaced.kept, inputs)
@@ -290,7 +297,7 @@ def _differences(
                 reference = answer_logits(shelf["reference"].model, text.context, text.answer, text.feed)
                 if reference.nbytes + sum(logits.nbytes for logits in known.values()) <= _KEPT:
                     known[text.key] = reference
-            feed = _OTHER_FEED[text.feed] if arm == "floor" else text.feed
+            feed = _OTHER_FEED[text.feed] if arm == "echo" else text.feed
             one = text_difference(reference, answer_logits(shelf[arm].model, text.context, text.answer, feed))
             kept.append({key: [list(one.kl), one.flips, one.first]})
             new += 1

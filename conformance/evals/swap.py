@@ -114,7 +114,7 @@ def swap(
             return _stored(checkpoint, schemes, name, dtypes[name])
         if weight is None or weight.is_meta:
             weight = _plain(checkpoint, name)
-        return quantise_linear(recipe, name, weight, dtypes[name], input_amax=maxima.get(name), factors=factors)
+        return quantise_linear(recipe, name, weight.to(device), dtypes[name], input_amax=maxima.get(name), factors=factors)
 
     for name in [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]:
         module = model.get_submodule(name)

@@ -8,7 +8,8 @@ token of a bf16 model.
 
 KL(reference || arm) per position is the sum over the vocabulary of p (log p - log q), natural logarithm, in binary64.
 The floor is the reference again with sums in another order, fed as another batch would be (context and answer apart), which
-moves the attention's last bits, too: exact integer sums have no noise of their own, and a ratio to nothing accuses everybody.
+moves the attention's last bits, too: exact integer sums have no noise of their own, and a ratio to nothing accuses everybody. A
+unit of fewer bits than binary32 is honest if it says so: its admitted deviations belong to the floor (`echo`).
 The factor is 4: the divergence of small perturbations goes with their square, so a ratio of 4 is twice the perturbation that
 batching makes. What lies below, as a factor of 1.001 in one layer may, is found where nothing adds to it: see `operations`. A
 floor that is not finite measures nothing, and the verdict is INCONCLUSIVE.

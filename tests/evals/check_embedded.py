@@ -13,22 +13,29 @@ import sysconfig
 import time
 from functools import cache
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 import transformers
 from lm_eval.models.huggingface import HFLM
 
-from lowbit.conformance.evals import models
+from lowbit.conformance import simulator
+from lowbit.conformance.case import Problem, Tensor
+from lowbit.conformance.evals import arms, models
 from lowbit.conformance.evals.answers import Answers, EvalError, to_stderr
 from lowbit.conformance.evals.arms import Arm, ReferenceArm
 from lowbit.conformance.evals.asking import ask
+from lowbit.conformance.evals.checkpoint import QuantisedLinear
 from lowbit.conformance.evals.faults import FaultyArm
 from lowbit.conformance.evals.paired import Outcome
 from lowbit.conformance.evals.recorded import outside, read
 from lowbit.conformance.evals.records import Eval, read_eval, summary
 from lowbit.conformance.evals.runner import evaluate
 from lowbit.conformance.evals.tasks import EMBEDDED, suite
+from lowbit.references.declarations import Declaration
+from lowbit.references.formats import Format
 
 QUESTIONS, TEXTS = 16, 16
 FAULTS = (  # the last: what the logits alone say; a factor of 1.001 in one layer is no larger than what batching does to them
@@ -83,6 +90,42 @@ def test_another_summation_order_serves(recipe: str, tmp_path: Path) -> None:
     asked = {task.name: task for task in found.tasks}
     assert asked["embedded_gsm8k"].right["full"] >= QUESTIONS * 3 // 4  # a real signal: chance is near zero
     assert asked["embedded_choices"].right["full"] >= QUESTIONS * 3 // 4  # chance is a quarter
+
+
+whole = arms._summed
+
+
+def cut(*arguments: Any) -> torch.Tensor:
+    """Sums of 13 significant bits, truncated."""
+    fraction, exponent = torch.frexp(whole(*arguments))
+    return torch.ldexp((fraction * 2.0**13).trunc(), exponent - 13)
+
+
+class Coarse:
+    """Honest sums of fewer bits, cut after the thirteenth, by an arm that declares a unit of that kind."""
+
+    name = "coarse"
+
+    def __init__(self) -> None:
+        self.inner, self.unit = ReferenceArm("f32", 1, True), simulator.backend("hopper_wgmma_fp8")
+
+    def declare(self, problem: Problem) -> Declaration:
+        return self.unit.declare(problem, "")
+
+    def prepare(self, linear: QuantisedLinear, out: Format, device: torch.device, bias: Tensor | None = None) -> Any:
+        return self.inner.prepare(linear, out, device, bias)
+
+    def run(self, layer: Any, x: torch.Tensor) -> torch.Tensor:
+        with mock.patch.object(arms, "_summed", cut):
+            return self.inner.run(layer, x)
+
+
+def test_a_unit_of_fewer_bits_that_says_so_is_not_accused(tmp_path: Path) -> None:
+    """Its texts are further from the reference's than any order of binary32 sums takes them, and as far as its calls explain."""
+    found = run(tmp_path / "run", Coarse(), "w8a8-fp8")
+    assert found.kernel.outcome is Outcome.SERVES
+    assert min(operation.differing for operation in found.kernel.operations) > 0.01
+    assert not any(operation.outside for operation in found.kernel.operations)
 
 
 def test_a_backend_serves_inside_the_model(tmp_path: Path) -> None:
