@@ -455,10 +455,11 @@ __global__ void __launch_bounds__(THREADS, 1) gemm(const __grid_constant__ Probl
         phase ^= 1;
       }
       if (crew.half == 0) {
+        const Factors factors = load_factors(p, tile, area, crew.band, thread);
         if (STREAM && !segment.whole(p.k_blocks)) {
           if (!settle(p, segment, area, here.worker, here.rank, crew.band, thread, sums)) continue;
         }
-        if (8 * here.split < TOKENS) store(p, tile, area, here.split, crew.band, thread, sums);
+        if (8 * here.split < TOKENS) store(p, tile, area, here.split, crew.band, thread, factors, sums);
       }
     }
   }

@@ -300,8 +300,9 @@ __global__ void __launch_bounds__(THREADS, 1) gemm(const __grid_constant__ Probl
       prefetch_factors(p, tile, band, thread);
       float sums[SUMS];
       multiply(reader, segment.end - segment.begin, ring, sums);
+      const Factors factors = load_factors(p, tile, area, band, thread);
       if (segment.whole(p.k_blocks) || settle(p, segment, area, worker, rank, band, thread, sums)) {
-        store(p, tile, area, 0, band, thread, sums);
+        store(p, tile, area, 0, band, thread, factors, sums);
       }
     }
   }

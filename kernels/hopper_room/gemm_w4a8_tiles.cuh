@@ -23,6 +23,8 @@ constexpr int CHUNK_BYTES = (CHUNK < 16 ? 16 : CHUNK) * 128;
 constexpr int RASTER = 4;         // token tiles that are neighbours in time
 constexpr int MOST_BLOCKS = 144;  // of threads that work at once: no device of compute capability 9.0 has more multiprocessors
 constexpr int SLOT = 64 * TOKENS;  // sums of a band in a slot
+constexpr int PIECES = TOKENS < 32 ? TOKENS / 8 : 4;                 // float4 of a slot that a thread asks for at a time,
+constexpr int AT_ONCE = TOKENS <= 16 ? 4 : TOKENS <= 32 ? 2 : 1;  // and of how many slots
 
 struct Problem {
   const uint8_t* weights;
@@ -116,20 +118,36 @@ DEVICE bool settle(const Problem& p, const schedule::Segment& segment, const Are
   sync_threads(1 + band, 128);
   if (*came != (unsigned)(last - first)) return false;
   __threadfence();
-  const float4* there = slots + (long long)deal.slot(first, true) * step;
+  const float4* const there = slots + (long long)deal.slot(first, true) * step;
 #pragma unroll
   for (int j = 0; j < TOKENS / 8; ++j) {
     const float4 part = load_device(there + 128 * j);
     sums[4 * j] = part.x, sums[4 * j + 1] = part.y, sums[4 * j + 2] = part.z, sums[4 * j + 3] = part.w;
   }
 #pragma unroll 1
-  for (int next = first + 1; next <= last; ++next) {
-    there = slots + (long long)deal.slot(next, false) * step;
+  for (int next = first + 1; next <= last; next += AT_ONCE) {
 #pragma unroll
-    for (int j = 0; j < TOKENS / 8; ++j) {
-      const float4 part = load_device(there + 128 * j);
-      sums[4 * j] = __fadd_rn(sums[4 * j], part.x), sums[4 * j + 1] = __fadd_rn(sums[4 * j + 1], part.y);
-      sums[4 * j + 2] = __fadd_rn(sums[4 * j + 2], part.z), sums[4 * j + 3] = __fadd_rn(sums[4 * j + 3], part.w);
+    for (int piece = 0; piece < TOKENS / 8; piece += PIECES) {
+      float4 parts[AT_ONCE][PIECES];
+#pragma unroll
+      for (int i = 0; i < AT_ONCE; ++i) {
+        const float4* const there = slots + (long long)deal.slot(next + i, false) * step;
+#pragma unroll
+        for (int j = 0; j < PIECES; ++j) {
+          if (next + i <= last) parts[i][j] = load_device(there + 128 * (piece + j));
+        }
+      }
+#pragma unroll
+      for (int i = 0; i < AT_ONCE; ++i) {
+        if (next + i > last) continue;
+#pragma unroll
+        for (int j = 0; j < PIECES; ++j) {
+          const float4& part = parts[i][j];
+          float* const sum = sums + 4 * (piece + j);
+          sum[0] = __fadd_rn(sum[0], part.x), sum[1] = __fadd_rn(sum[1], part.y);
+          sum[2] = __fadd_rn(sum[2], part.z), sum[3] = __fadd_rn(sum[3], part.w);
+        }
+      }
     }
   }
   return true;
@@ -161,12 +179,34 @@ DEVICE void prefetch_factors(const Problem& p, const Tile& tile, int band, int t
   if (n < p.n && p.bias != nullptr) sm90::prefetch_line(p.bias + at);
 }
 
+// Of the two rows of W of a thread; the tokens' scales lie in shared memory, for the band.
+struct Factors {
+  float channel[2], bias[2];
+};
+
+// Ahead of `settle`, so that they are on their way meanwhile. All 128 threads of a band call it; what `store` did last is a
+// barrier of theirs, and it waits at one before it reads.
+DEVICE Factors load_factors(const Problem& p, const Tile& tile, const Area& area, int band, int thread) {
+  float* scales = reinterpret_cast<float*>(area.memory + AT_SCALES) + band * TOKENS;
+  const int valid = min(TOKENS, tile.count - tile.token);
+  Factors factors;
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    const int n = (tile.block + band) * 64 + 16 * (thread / 32) + thread % 32 / 4 + 8 * h;
+    const long long at = (long long)tile.expert * p.n + n;
+    factors.channel[h] = n < p.n ? p.channel_scale[at] : 0.0f;
+    factors.bias[h] = n < p.n && p.bias != nullptr ? widen(p.bias[at], p.half) : 0.0f;
+  }
+  for (int i = thread; i < TOKENS; i += 128) scales[i] = i < valid ? p.token_scale[tile.row + tile.token + i] : 0.0f;
+  return factors;
+}
+
 // Scales, bias and cast, then rows of D through shared memory, 16 bytes at a time where D allows it. All 128 threads of a band
 // call it; it uses barrier 1 + band. `split`: of SPLITS, whose groups of eight tokens are stored.
-DEVICE void store(const Problem& p, const Tile& tile, const Area& area, int split, int band, int thread,
+DEVICE void store(const Problem& p, const Tile& tile, const Area& area, int split, int band, int thread, const Factors& factors,
                   const float (&sums)[SUMS]) {
   using namespace sm90;
-  float* scales = reinterpret_cast<float*>(area.memory + AT_SCALES) + band * TOKENS;
+  const float* scales = reinterpret_cast<const float*>(area.memory + AT_SCALES) + band * TOKENS;
   const int warp = thread / 32, lane = thread % 32;
   const int base = (tile.block + band) * 64;
   const long long row = tile.row + tile.token;
@@ -175,15 +215,6 @@ DEVICE void store(const Problem& p, const Tile& tile, const Area& area, int spli
   const uint8_t* staged = area.memory + band * CHUNK_BYTES;
   const int matrix = lane / 8, to_token = matrix / 2 * 8 + lane % 8;
   const uint32_t to = out + to_token * 128 + (((2 * warp + matrix % 2) ^ (lane % 8)) << 4);
-  float channel[2], bias[2];  // of the two rows of a thread
-#pragma unroll
-  for (int h = 0; h < 2; ++h) {
-    const int n = base + 16 * warp + lane / 4 + 8 * h;
-    const long long at = (long long)tile.expert * p.n + n;
-    channel[h] = n < p.n ? p.channel_scale[at] : 0.0f;
-    bias[h] = n < p.n && p.bias != nullptr ? widen(p.bias[at], p.half) : 0.0f;
-  }
-  for (int i = thread; i < TOKENS; i += 128) scales[i] = i < valid ? p.token_scale[row + i] : 0.0f;
   sync_threads(1 + band, 128);
 #pragma unroll
   for (int chunk = 0; chunk < TOKENS; chunk += CHUNK) {
@@ -202,9 +233,9 @@ DEVICE void store(const Problem& p, const Tile& tile, const Area& area, int spli
         const int at = (4 * eight + 2 * h) % SUMS;
         float x = __fmul_rn(sums[at], token.x), y = __fmul_rn(sums[at + 1], token.y);
         if (p.bias != nullptr) {
-          x = __fmaf_rn(x, channel[h], bias[h]), y = __fmaf_rn(y, channel[h], bias[h]);
+          x = __fmaf_rn(x, factors.channel[h], factors.bias[h]), y = __fmaf_rn(y, factors.channel[h], factors.bias[h]);
         } else {
-          x = __fmul_rn(x, channel[h]), y = __fmul_rn(y, channel[h]);
+          x = __fmul_rn(x, factors.channel[h]), y = __fmul_rn(y, factors.channel[h]);
         }
         words[e] = narrow(x, y, p.half);
       }
