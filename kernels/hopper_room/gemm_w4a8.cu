@@ -30,6 +30,7 @@ constexpr int THREADS = (WARPGROUPS + 1) * 128;
 constexpr bool MANY = SUMS * (1 + EXACT) >= 64;  // registers that hold sums
 constexpr int REGISTERS = WARPGROUPS == 2 ? 224 : WARPGROUPS == 3 ? 152 : MANY ? 112 : 104;
 constexpr int COPYING = WARPGROUPS == 2 ? 56 : WARPGROUPS == 3 ? 40 : MANY ? 32 : 56;  // registers of the copying warpgroup
+constexpr bool FEW = STREAM && TOKENS <= 64;                 // the time is that of reading the weights
 constexpr int OVERLAP = TOKENS < 256;                       // a launch may begin while the one before on the stream ends
 constexpr int EIGHTS = (TOKENS / 8 + SPLITS - 1) / SPLITS;  // groups of eight tokens that a block adds up and stores
 constexpr int SENT = PARTS > 1 ? EIGHTS * 2048 : 0;         // bytes of sums that a warpgroup sends to one block
@@ -164,7 +165,7 @@ DEVICE void copy_tiles(const Problem& p, const CUtensorMap* map, uint32_t shared
 }
 
 // The weights that the first stages need, into L2 while the kernel before on the stream still runs.
-DEVICE void prefetch_weights(const Problem& p, const Place& here) {
+DEVICE void prefetch_stages(const Problem& p, const Place& here) {
   if (p.counts != nullptr) return;  // which expert comes first is not known yet
   Tiles tiles(p, here.rank);
   Tile tile;
@@ -407,7 +408,7 @@ __global__ void __launch_bounds__(THREADS, 1) gemm(const __grid_constant__ Probl
       barrier_init(shared + AT_BARRIERS + 8 * (2 * STAGES + 2 * i + 1), min(SPLITS, TOKENS / 8));
     }
     barrier_init_fence();
-    if (OVERLAP) launch_next();
+    if (OVERLAP && !FEW) launch_next();
   }
   __syncthreads();
   if (BLOCKS > 1) {
@@ -419,11 +420,12 @@ __global__ void __launch_bounds__(THREADS, 1) gemm(const __grid_constant__ Probl
     if (threadIdx.x == 0) {
       launch_wait();
       copy_tiles<true>(p, &map, shared, here);
+      if (FEW) launch_next();  // what the next launch asks for comes behind all that this one asked for
     } else if (threadIdx.x == 32) {
       launch_wait();
       copy_tiles<false>(p, &map, shared, here);
     } else if (threadIdx.x == 64) {
-      prefetch_weights(p, here);
+      prefetch_stages(p, here);
     }
   } else {
     registers_up<REGISTERS>();
@@ -472,11 +474,13 @@ __global__ void __launch_bounds__(THREADS, 1) gemm(const __grid_constant__ Probl
 
 #if STREAM
 // The counters of tiles that are shared, before the first of them is counted: the product starts to read when this has ended, and
-// this when what came before on the stream has.
-__global__ void zero(unsigned* counters, int count) {
+// this when what came before on the stream has. Until then it asks the L2 cache for the weights that the stages will hold: it
+// shares no memory and fits beside a block of the product that is ahead on the stream.
+__global__ void __launch_bounds__(128, 16) zero(const __grid_constant__ Problem p, int counters) {
   sm90::launch_next();
+  if (FEW && threadIdx.x < BANDS) prefetch_weights(p, blockIdx.x / CLUSTER, blockIdx.x % CLUSTER, threadIdx.x, STAGES);
   sm90::launch_wait();
-  for (int i = threadIdx.x; i < count; i += blockDim.x) counters[i] = 0;
+  for (int i = blockIdx.x * 128 + threadIdx.x; i < counters; i += gridDim.x * 128) p.counters[i] = 0;
 }
 #endif
 
@@ -513,9 +517,9 @@ extern "C" int lowbit_gemm_w4a8(const void* a, long long a_stride, const void* w
 #if STREAM
   if (counters > 0) {
     cudaLaunchConfig_t first = {};
-    first.gridDim = dim3(1), first.blockDim = dim3(256), first.stream = config.stream;
+    first.gridDim = dim3(FEW ? p.deal.workers * CLUSTER : 1), first.blockDim = dim3(128), first.stream = config.stream;
     first.attrs = attributes + 1, first.numAttrs = OVERLAP;
-    error = cudaLaunchKernelEx(&first, zero, p.counters, counters);
+    error = cudaLaunchKernelEx(&first, zero, p, counters);
     if (error != cudaSuccess) return error;
   }
 #endif

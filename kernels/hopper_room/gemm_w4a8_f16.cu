@@ -6,9 +6,9 @@
 // without a table. The sum of a group is multiplied by its scale and added to a running f32 total by one FMA, rounded to
 // nearest: sums that stay in the unit over all of K would be cut toward zero after every 16 products. e4m3 activations become
 // binary16, exactly, by a first kernel, in the order of k that the packed words have (below). K is dealt out to all
-// multiprocessors (gemm_w4a8_schedule.cuh). A thread copies: weights into all stages while the first kernel still runs,
-// activations after it. BANDS warpgroups multiply, each 64 rows of W. CLUSTER blocks with neighbouring rows of W work as one:
-// each copies its share of the activations to all of them.
+// multiprocessors (gemm_w4a8_schedule.cuh). The first kernel runs beside the product that is ahead on the stream, and asks the L2
+// cache for the weights that come first. A thread copies. BANDS warpgroups multiply, each 64 rows of W. CLUSTER blocks with
+// neighbouring rows of W work as one: each copies its share of the activations to all of them.
 // Refuses nothing: gemm_w4a8_f16.py does.
 //
 // An A fragment of m64nNk16 has, at lane c of four, k = 2 c and 2 c + 1 of the row and of the row eight down, then the same
@@ -22,16 +22,17 @@ namespace {
 
 constexpr int THREADS = (BANDS + 1) * 128;
 constexpr int REGISTERS = 112;            // of a thread that multiplies; 32 of one that does not: 96 each, at the launch
+constexpr int MOST_BYTES = 231424;        // 227 KB less what a block of the next launch's first kernel has, which shares no memory
 constexpr int TILE_BYTES = TOKENS * 256;  // 128 k of the activations: two matrices of 64 k
 constexpr int SHARE = TILE_BYTES / CLUSTER;
 constexpr int WEIGHT_BYTES = BANDS * BLOCK_BYTES;
-constexpr int STAGES = (232448 - EPILOGUE_BYTES) / (TILE_BYTES + WEIGHT_BYTES + 16);
+constexpr int STAGES = (MOST_BYTES - EPILOGUE_BYTES) / (TILE_BYTES + WEIGHT_BYTES + 16);
 constexpr int AT_A = 0;
 constexpr int AT_AREA = STAGES * TILE_BYTES;
 constexpr int AT_W = AT_AREA + EPILOGUE_BYTES;
 constexpr int AT_BARRIERS = AT_W + STAGES * WEIGHT_BYTES;
 constexpr int SHARED_BYTES = AT_BARRIERS + 16 * STAGES;
-static_assert(SHARED_BYTES <= 232448, "a block has 227 KB");
+static_assert(SHARED_BYTES <= MOST_BYTES, "a block of each kernel fits a multiprocessor");
 static_assert(AT_AREA % 128 == 0 && AT_BARRIERS % 8 == 0, "places of the epilogue and of barriers");
 
 struct Ring {
@@ -44,32 +45,36 @@ struct Ring {
 
 // Activations ------------------------------------------------------------------------------------------------------------------
 
-constexpr int CONVERTING = 128;  // threads of a block
+constexpr int CONVERTING = 128;  // threads of a block: with 32 registers each, what a block of `gemm` leaves
 
-// Sixteen bytes of the image per thread: tiles of 128 k as the products read them, each two matrices of TOKENS rows by 64 k with
-// 128-byte swizzling. Rows beyond m and k beyond K are zeros. `a`: rows at multiples of 16 bytes. Zeroes the counters, too.
-__global__ void __launch_bounds__(CONVERTING) convert(const uint8_t* a, long long stride, int m, int k, uint4* image,
-                                                      long long chunks, unsigned* counters, int count) {
-  sm90::launch_wait();  // what the kernel before wrote or still reads; what it wrote, blocks of `gemm` see from here on
+// Sixteen bytes of the image per thread and turn: tiles of 128 k as the products read them, each two matrices of TOKENS rows by
+// 64 k with 128-byte swizzling. Rows beyond m and k beyond K are zeros. `a`: rows at multiples of 16 bytes. Zeroes the counters,
+// too. One block for each of `gemm`.
+__global__ void __launch_bounds__(CONVERTING, 16) convert(const __grid_constant__ Problem p, const uint8_t* a, long long stride,
+                                                          int k, uint4* image, long long chunks,
+                                                          int counters) {
   sm90::launch_next();
-  const long long index = (long long)blockIdx.x * CONVERTING + threadIdx.x;
-  for (long long i = index; i < count; i += (long long)gridDim.x * CONVERTING) counters[i] = 0;
-  if (index >= chunks) return;
-  const int token = (int)(index / 8 % TOKENS), chunk = (int)(index % 8) ^ token % 8, j = chunk % 4;
-  const int from = (int)(index / (8 * TOKENS)) * 64 + chunk / 4 * 32;
-  uint32_t words[4] = {0, 0, 0, 0};
-  if (token < m && from < k) {  // K is a multiple of 64
-    const uint4* source = reinterpret_cast<const uint4*>(a + token * stride + from);
-    const uint4 near = source[0], far = source[1];
-    const uint32_t low[4] = {near.x, near.y, near.z, near.w}, high[4] = {far.x, far.y, far.z, far.w};
+  if (threadIdx.x < BANDS) prefetch_weights(p, blockIdx.x / CLUSTER, blockIdx.x % CLUSTER, threadIdx.x, STAGES);
+  sm90::launch_wait();  // what the kernel before wrote or still reads
+  const int first = blockIdx.x * CONVERTING + threadIdx.x, step = gridDim.x * CONVERTING;
+  for (int i = first; i < counters; i += step) p.counters[i] = 0;
+  for (long long index = first; index < chunks; index += step) {
+    const int token = (int)(index / 8 % TOKENS), chunk = (int)(index % 8) ^ token % 8, j = chunk % 4;
+    const int from = (int)(index / (8 * TOKENS)) * 64 + chunk / 4 * 32;
+    uint32_t words[4] = {0, 0, 0, 0};
+    if (token < p.m && from < k) {  // K is a multiple of 64
+      const uint4* source = reinterpret_cast<const uint4*>(a + token * stride + from);
+      const uint4 near = source[0], far = source[1];
+      const uint32_t low[4] = {near.x, near.y, near.z, near.w}, high[4] = {far.x, far.y, far.z, far.w};
 #pragma unroll
-    for (int c = 0; c < 4; ++c) {
-      const uint32_t codes = (low[c] >> (8 * j) & 0xFF) | (high[c] >> (8 * j) & 0xFF) << 8;
-      const __half2_raw both = __nv_cvt_fp8x2_to_halfraw2((__nv_fp8x2_storage_t)codes, __NV_E4M3);
-      words[c] = (uint32_t)both.x | (uint32_t)both.y << 16;
+      for (int c = 0; c < 4; ++c) {
+        const uint32_t codes = (low[c] >> (8 * j) & 0xFF) | (high[c] >> (8 * j) & 0xFF) << 8;
+        const __half2_raw both = __nv_cvt_fp8x2_to_halfraw2((__nv_fp8x2_storage_t)codes, __NV_E4M3);
+        words[c] = (uint32_t)both.x | (uint32_t)both.y << 16;
+      }
     }
+    image[index] = make_uint4(words[0], words[1], words[2], words[3]);
   }
-  image[index] = make_uint4(words[0], words[1], words[2], words[3]);
 }
 
 // Weights ----------------------------------------------------------------------------------------------------------------------
@@ -248,21 +253,18 @@ DEVICE void copy_tokens(const Blocks& blocks, const uint8_t* image, uint32_t sha
   }
 }
 
-// Weights are constants that were there before `convert` could begin: they may be read before it ends, its image may not.
+// The next launch's first kernel may begin once all is asked for: what it asks for then comes behind that.
 DEVICE void copy(const Problem& p, const uint8_t* image, uint32_t shared, int worker, int rank) {
   using namespace sm90;
   const uint64_t once = evict_first(), again = evict_normal();
-  Blocks ahead(p, worker, rank), behind(p, worker, rank);
-  int filled = 0;
-  for (; filled < STAGES && ahead.left; ++filled, ahead.next()) copy_weights(ahead, shared, filled, once);
-  launch_wait();
-  for (int stage = 0; stage < filled; ++stage, behind.next()) copy_tokens(behind, image, shared, stage, again);
   Ring ring;
-  for (; ahead.left; ahead.next(), ring.next()) {
-    wait(shared + AT_BARRIERS + 8 * (STAGES + ring.stage), ring.phase);
-    copy_weights(ahead, shared, ring.stage, once);
-    copy_tokens(ahead, image, shared, ring.stage, again);
+  launch_wait();
+  for (Blocks blocks(p, worker, rank); blocks.left; blocks.next(), ring.next()) {
+    wait(shared + AT_BARRIERS + 8 * (STAGES + ring.stage), ring.phase ^ 1);
+    copy_weights(blocks, shared, ring.stage, once);
+    copy_tokens(blocks, image, shared, ring.stage, again);
   }
+  launch_next();
 }
 
 __global__ void __launch_bounds__(THREADS, 1) gemm(const __grid_constant__ Problem p, const uint8_t* image) {
@@ -277,7 +279,6 @@ __global__ void __launch_bounds__(THREADS, 1) gemm(const __grid_constant__ Probl
       barrier_init(shared + AT_BARRIERS + 8 * (STAGES + i), 4 * BANDS * CLUSTER);
     }
     barrier_init_fence();
-    launch_next();
   }
   __syncthreads();
   if (CLUSTER > 1) {
@@ -323,7 +324,7 @@ extern "C" int lowbit_gemm_w4a8_f16(const void* a, long long a_stride, const voi
                                     const void* channel_scale, const void* bias, void* d, long long d_stride, void* workspace,
                                     long long workspace_bytes, long long m, long long n, long long k, int half, void* stream) {
   Problem p = problem_of(weights, token_scale, channel_scale, bias, d, d_stride, nullptr, m, n, k, 1, half);
-  const long long image_bytes = (long long)p.k_blocks * TILE_BYTES, chunks = image_bytes / 16;
+  const long long image_bytes = (long long)p.k_blocks * TILE_BYTES;
   if (workspace == nullptr || workspace_bytes < image_bytes) return cudaErrorInvalidValue;
   uint8_t* image = (uint8_t*)workspace;
   cudaError_t error = cudaFuncSetAttribute(gemm, cudaFuncAttributeMaxDynamicSharedMemorySize, SHARED_BYTES);
@@ -341,12 +342,11 @@ extern "C" int lowbit_gemm_w4a8_f16(const void* a, long long a_stride, const voi
   if (error != cudaSuccess) return error;
   const int counters = plan(p, workers, image + image_bytes, workspace_bytes - image_bytes);
   if (counters < 0) return cudaErrorInvalidValue;
+  config.gridDim = dim3(p.deal.workers * CLUSTER);
   cudaLaunchConfig_t first = config;
-  first.gridDim = dim3((unsigned)((chunks + CONVERTING - 1) / CONVERTING)), first.blockDim = dim3(CONVERTING);
-  first.dynamicSmemBytes = 0, first.numAttrs = 1;
-  error = cudaLaunchKernelEx(&first, convert, (const uint8_t*)a, a_stride, (int)m, (int)k, (uint4*)image, chunks, p.counters,
+  first.blockDim = dim3(CONVERTING), first.dynamicSmemBytes = 0, first.numAttrs = 1;
+  error = cudaLaunchKernelEx(&first, convert, p, (const uint8_t*)a, a_stride, (int)k, (uint4*)image, image_bytes / 16,
                              counters);
   if (error != cudaSuccess) return error;
-  config.gridDim = dim3(p.deal.workers * CLUSTER);
   return cudaLaunchKernelEx(&config, gemm, p, (const uint8_t*)image);
 }

@@ -191,9 +191,10 @@ DEFECTS: dict[str, tuple[Patches, str, tuple[str, str]]] = {
     ),
     "counters_not_zeroed": ({W4: [("  if (counters > 0) {", "  if (counters > 99) {")]}, "one", EARLY_LATE),
     "zeroed_before_the_work_ahead": ({W4: [("  sm90::launch_wait();\n  for (int i", "  for (int i")]}, "one", EARLY_LATE),
-    "slot_of_another": ({TILES: [("deal.slot(next, false)", "deal.slot(next, true)")]}, "one", EARLY_LATE),
-    "descending": ({TILES: [("for (int next = first + 1; next <= last; ++next)", "for (int next = last; next > first; --next)")]},
-                   "parts", EARLY_LATE),
+    "slot_of_another": ({TILES: [("deal.slot(next + i, false)", "deal.slot(next + i, true)")]}, "one", EARLY_LATE),
+    "descending": (
+        {TILES: [("deal.slot(next + i, false)", "deal.slot(first + 1 + last - next - i, false)")]}, "parts", EARLY_LATE,
+    ),
     "a_unit_twice": (
         {SCHEDULE: [("left -= done.end - done.begin, begin", "left -= done.end - done.begin - 1, begin")]}, "one", EARLY_LATE,
     ),
