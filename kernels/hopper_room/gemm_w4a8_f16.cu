@@ -32,6 +32,7 @@ constexpr int AT_AREA = STAGES * TILE_BYTES;
 constexpr int AT_W = AT_AREA + EPILOGUE_BYTES;
 constexpr int AT_BARRIERS = AT_W + STAGES * WEIGHT_BYTES;
 constexpr int SHARED_BYTES = AT_BARRIERS + 16 * STAGES;
+static_assert(STAGES > 2, "a stage is read, the next is waited for");
 static_assert(SHARED_BYTES <= MOST_BYTES, "a block of each kernel fits a multiprocessor");
 static_assert(AT_AREA % 128 == 0 && AT_BARRIERS % 8 == 0, "places of the epilogue and of barriers");
 
@@ -165,37 +166,39 @@ DEVICE void promote(float (&sums)[SUMS], float (&part)[SUMS], uint32_t scales) {
 }
 
 // One warpgroup's 64 rows by TOKENS over `blocks` (at least one) of 128 k. While products of one half of 128 k run, the other
-// half is expanded.
+// half is expanded, and the words of the next block are on their way: its stage was waited for a block ahead.
 DEVICE void multiply(const Reader& reader, int blocks, Ring& ring, float (&sums)[SUMS]) {
   using namespace sm90;
   float part[SUMS];
   uint32_t first[16], second[16];
 #pragma unroll
   for (int i = 0; i < SUMS; ++i) sums[i] = 0.0f;
+  Ring ahead = ring;
+  ahead.next();
   wait(reader.barriers + 8 * ring.stage, ring.phase);
   expand(run(reader, ring.stage, 0), first);
-  while (true) {
-    const int stage = ring.stage;
+  if (blocks > 1) wait(reader.barriers + 8 * ahead.stage, ahead.phase);
+  for (int left = blocks; left > 0; --left) {
+    const int stage = ring.stage, next = ahead.stage;  // behind the last block: read and not used
     const uint64_t b = reader.tokens + (uint32_t)(stage * (TILE_BYTES / 16));
+    const uint4 back = run(reader, stage, 1);
     const uint32_t scales = codes(reader, stage);
     issue(part, first, b, 0);
-    expand(run(reader, stage, 1), second);
+    const uint4 front = run(reader, next, 0);
+    expand(back, second);
     if (GROUP == 64) {
       wgmma_wait<0>();
       promote(sums, part, scales & 0xFFFF);
     }
     issue(part, second, b + TILE_BYTES / 32, GROUP == 128);
-    ring.next();
-    if (--blocks > 0) {
-      wait(reader.barriers + 8 * ring.stage, ring.phase);
-      const uint4 words = run(reader, ring.stage, 0);
-      wgmma_wait<1>();
-      expand(words, first);
-    }
+    ring = ahead;
+    ahead.next();
+    wgmma_wait<1>();
+    expand(front, first);
+    if (left > 2) wait(reader.barriers + 8 * ahead.stage, ahead.phase);
     wgmma_wait<0>();
     release(reader, stage);
     promote(sums, part, GROUP == 64 ? scales >> 16 : scales);
-    if (blocks == 0) break;
   }
 }
 

@@ -247,7 +247,7 @@ def _defect_case(kind: str) -> tuple[str, dict[str, np.ndarray], int, int, torch
         given = cancelling()
         return "256x64_s2", given, 64, 10, emulated_bits(given, "folded", 64, ends_of(1, 2560, 5, 0))
     name, m, n, k, processors = {
-        "one": ("256x8_s1", 8, 512, 1152, 3), "long": ("256x8_s1", 8, 8, 3072, 1), "pair": ("256x64_s2", 64, 512, 2560, 2),
+        "one": ("256x8_s1", 8, 512, 1152, 3), "long": ("256x8_s1", 8, 8, 6144, 1), "pair": ("256x64_s2", 64, 512, 2560, 2),
     }[kind]
     given = operands(m, n, k, 128, 11, small=True)
     return name, given, 128, processors, exactly(given, 128)
