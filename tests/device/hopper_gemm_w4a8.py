@@ -206,7 +206,7 @@ def problems() -> Iterator[tuple[int, int, int, int, str]]:
         yield m, n, k, 128, "plain"
 
 
-def check(report: dict[str, Any]) -> int:
+def check(report: dict[str, Any], wanted: tuple[str, ...]) -> int:
     generator = torch.Generator("cuda").manual_seed(5)
     products, wrong, rows = table_of_products(), 0, []
     for m, n, k, group, kind in problems():
@@ -217,7 +217,7 @@ def check(report: dict[str, Any]) -> int:
         sample = {**case, "q": case["q"][few], "scale": case["scale"][few]}
         for variant in ("folded", "exact"):
             known: dict[Any, torch.Tensor] = {}
-            for name in (*room.TACTICS, *half_precision.TACTICS):
+            for name in wanted or (*room.TACTICS, *half_precision.TACTICS):
                 if not room.takes(name, variant, m, k, group, False):
                     continue
                 dealt = dealt_of(name)
@@ -362,21 +362,21 @@ def main() -> int:
     parser.add_argument("--bench", action="store_true")
     parser.add_argument("--shapes", default="0,1,2,3")
     parser.add_argument("--ms", default="1,16,32,64,128,256,512,1024,4096")
-    parser.add_argument("--tactics", default="")
+    parser.add_argument("--tactics", default="", help="names, with commas between; none: all, and products with experts")
     parser.add_argument("--variants", default="folded,exact")
     parser.add_argument("--seconds", type=float, default=120.0)
     chosen = parser.parse_args()
     begun = time.time()
+    wanted = tuple(name for name in chosen.tactics.split(",") if name)
     build_all(room.UNITS, workers=16)
     print(f"built {len(room.UNITS)} libraries in {time.time() - begun:.1f} s", flush=True)
     report: dict[str, Any] = {"device": torch.cuda.get_device_name(), "torch": torch.__version__}
     wrong = 0
     try:
         if chosen.check:
-            wrong = check(report) + check_grouped(report)
+            wrong = check(report, wanted) + (0 if wanted else check_grouped(report))
             print(f"checked after {time.time() - begun:.1f} s", flush=True)
         if chosen.bench:
-            wanted = tuple(name for name in chosen.tactics.split(",") if name)
             shapes = tuple(TABLE[int(i)] for i in chosen.shapes.split(","))
             ms, variants = tuple(map(int, chosen.ms.split(","))), tuple(chosen.variants.split(","))
             until = time.time() + chosen.seconds
