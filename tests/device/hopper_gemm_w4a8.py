@@ -26,7 +26,7 @@ import torch
 
 from lowbit.kernels.hopper_room import gemm_w4a8 as room
 from lowbit.kernels.hopper_room import gemm_w4a8_f16 as half_precision
-from lowbit.kernels.hopper_room.build import build_all
+from lowbit.kernels.hopper_room.build import Unit, build_all
 from lowbit.references.cuda_dot import emulate_tiles
 from lowbit.references.datapaths import DATAPATHS
 from lowbit.references.encodings import folded_weight
@@ -355,6 +355,15 @@ def fits(tokens: int, m: int) -> bool:
     return min(near, 64) <= tokens <= max(16, 2 * near)
 
 
+def units_of(wanted: tuple[str, ...]) -> tuple[Unit, ...]:
+    """Libraries of some tactics, and of packing; no name: all."""
+    half = [half_precision.defines(half_precision.TACTICS[name], group) for name in wanted if name in half_precision.TACTICS
+            for group in (64, 128)]
+    other = [room.defines(room.TACTICS[name], variant, group) for name in wanted if name in room.TACTICS
+             for variant in ("folded", "exact") for group in (64, 128)]
+    return tuple(unit for unit in room.UNITS if not wanted or not unit[1] or unit[1] in half + other)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("--out", required=True)
@@ -368,8 +377,9 @@ def main() -> int:
     chosen = parser.parse_args()
     begun = time.time()
     wanted = tuple(name for name in chosen.tactics.split(",") if name)
-    build_all(room.UNITS, workers=16)
-    print(f"built {len(room.UNITS)} libraries in {time.time() - begun:.1f} s", flush=True)
+    units = units_of(wanted)
+    build_all(units, workers=16)
+    print(f"built {len(units)} libraries in {time.time() - begun:.1f} s", flush=True)
     report: dict[str, Any] = {"device": torch.cuda.get_device_name(), "torch": torch.__version__}
     wrong = 0
     try:
