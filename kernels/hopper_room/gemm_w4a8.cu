@@ -30,7 +30,6 @@ constexpr int THREADS = (WARPGROUPS + 1) * 128;
 constexpr bool MANY = SUMS * (1 + EXACT) >= 64;  // registers that hold sums
 constexpr int REGISTERS = WARPGROUPS == 2 ? 224 : WARPGROUPS == 3 ? 152 : MANY ? 112 : 104;
 constexpr int COPYING = WARPGROUPS == 2 ? 56 : WARPGROUPS == 3 ? 40 : MANY ? 32 : 56;  // registers of the copying warpgroup
-constexpr bool FEW = STREAM && TOKENS <= 64;                 // the time is that of reading the weights
 constexpr int OVERLAP = TOKENS < 256;                       // a launch may begin while the one before on the stream ends
 constexpr int EIGHTS = (TOKENS / 8 + SPLITS - 1) / SPLITS;  // groups of eight tokens that a block adds up and stores
 constexpr int SENT = PARTS > 1 ? EIGHTS * 2048 : 0;         // bytes of sums that a warpgroup sends to one block
@@ -408,7 +407,7 @@ __global__ void __launch_bounds__(THREADS, 1) gemm(const __grid_constant__ Probl
       barrier_init(shared + AT_BARRIERS + 8 * (2 * STAGES + 2 * i + 1), min(SPLITS, TOKENS / 8));
     }
     barrier_init_fence();
-    if (OVERLAP && !FEW) launch_next();
+    if (OVERLAP) launch_next();
   }
   __syncthreads();
   if (BLOCKS > 1) {
@@ -420,7 +419,6 @@ __global__ void __launch_bounds__(THREADS, 1) gemm(const __grid_constant__ Probl
     if (threadIdx.x == 0) {
       launch_wait();
       copy_tiles<true>(p, &map, shared, here);
-      if (FEW) launch_next();  // what the next launch asks for comes behind all that this one asked for
     } else if (threadIdx.x == 32) {
       launch_wait();
       copy_tiles<false>(p, &map, shared, here);
@@ -474,13 +472,11 @@ __global__ void __launch_bounds__(THREADS, 1) gemm(const __grid_constant__ Probl
 
 #if STREAM
 // The counters of tiles that are shared, before the first of them is counted: the product starts to read when this has ended, and
-// this when what came before on the stream has. Until then it asks the L2 cache for the weights that the stages will hold: it
-// shares no memory and fits beside a block of the product that is ahead on the stream.
-__global__ void __launch_bounds__(128, 16) zero(const __grid_constant__ Problem p, int counters) {
+// this when what came before on the stream has.
+__global__ void zero(unsigned* counters, int count) {
   sm90::launch_next();
-  if (FEW && threadIdx.x < BANDS) prefetch_weights(p, blockIdx.x / CLUSTER, blockIdx.x % CLUSTER, threadIdx.x, STAGES);
   sm90::launch_wait();
-  for (int i = blockIdx.x * 128 + threadIdx.x; i < counters; i += gridDim.x * 128) p.counters[i] = 0;
+  for (int i = threadIdx.x; i < count; i += blockDim.x) counters[i] = 0;
 }
 #endif
 
@@ -516,10 +512,12 @@ extern "C" int lowbit_gemm_w4a8(const void* a, long long a_stride, const void* w
   if (counters < 0) return cudaErrorInvalidValue;
 #if STREAM
   if (counters > 0) {
+    error = beside(zero);
+    if (error != cudaSuccess) return error;
     cudaLaunchConfig_t first = {};
-    first.gridDim = dim3(FEW ? p.deal.workers * CLUSTER : 1), first.blockDim = dim3(128), first.stream = config.stream;
+    first.gridDim = dim3(1), first.blockDim = dim3(256), first.stream = config.stream;
     first.attrs = attributes + 1, first.numAttrs = OVERLAP;
-    error = cudaLaunchKernelEx(&first, zero, p, counters);
+    error = cudaLaunchKernelEx(&first, zero, p.counters, counters);
     if (error != cudaSuccess) return error;
   }
 #endif

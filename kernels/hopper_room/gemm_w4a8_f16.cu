@@ -6,9 +6,9 @@
 // without a table. The sum of a group is multiplied by its scale and added to a running f32 total by one FMA, rounded to
 // nearest: sums that stay in the unit over all of K would be cut toward zero after every 16 products. e4m3 activations become
 // binary16, exactly, by a first kernel, in the order of k that the packed words have (below). K is dealt out to all
-// multiprocessors (gemm_w4a8_schedule.cuh). The first kernel runs beside the product that is ahead on the stream, and asks the L2
-// cache for the weights that come first. A thread copies. BANDS warpgroups multiply, each 64 rows of W. CLUSTER blocks with
-// neighbouring rows of W work as one: each copies its share of the activations to all of them.
+// multiprocessors (gemm_w4a8_schedule.cuh). The first kernel waits beside the product that is ahead on the stream; a block of the
+// product asks the L2 cache for its first weights while it waits. Four threads copy. BANDS warpgroups multiply, each 64 rows of W.
+// CLUSTER blocks with neighbouring rows of W work as one: each copies its share of the activations to all of them.
 // Refuses nothing: gemm_w4a8_f16.py does.
 //
 // An A fragment of m64nNk16 has, at lane c of four, k = 2 c and 2 c + 1 of the row and of the row eight down, then the same
@@ -55,7 +55,6 @@ __global__ void __launch_bounds__(CONVERTING, 16) convert(const __grid_constant_
                                                           int k, uint4* image, long long chunks,
                                                           int counters) {
   sm90::launch_next();
-  if (threadIdx.x < BANDS) prefetch_weights(p, blockIdx.x / CLUSTER, blockIdx.x % CLUSTER, threadIdx.x, STAGES);
   sm90::launch_wait();  // what the kernel before wrote or still reads
   const int first = blockIdx.x * CONVERTING + threadIdx.x, step = gridDim.x * CONVERTING;
   for (int i = first; i < counters; i += step) p.counters[i] = 0;
@@ -231,11 +230,13 @@ struct Blocks {
   }
 };
 
-DEVICE void copy_weights(const Blocks& blocks, uint32_t shared, int stage, uint64_t policy) {
+constexpr int COPYING = 4;  // threads that copy, one of each warp: every so many bands, and the first of them the tokens
+
+DEVICE void copy_weights(const Blocks& blocks, uint32_t shared, int stage, int copier, uint64_t policy) {
   const uint32_t full = shared + AT_BARRIERS + 8 * stage;
-  sm90::arrive_expect(full, WEIGHT_BYTES + TILE_BYTES);
-#pragma unroll
-  for (int band = 0; band < BANDS; ++band) {
+  const int bands = (BANDS - copier + COPYING - 1) / COPYING;
+  sm90::arrive_expect(full, bands * BLOCK_BYTES + (copier == 0 ? TILE_BYTES : 0));
+  for (int band = copier; band < BANDS; band += COPYING) {
     sm90::copy_bulk(shared + AT_W + stage * WEIGHT_BYTES + band * BLOCK_BYTES, packed(blocks.p, blocks.tile, band, blocks.k),
                     BLOCK_BYTES, full, policy);
   }
@@ -256,18 +257,17 @@ DEVICE void copy_tokens(const Blocks& blocks, const uint8_t* image, uint32_t sha
   }
 }
 
-// The next launch's first kernel may begin once all is asked for: what it asks for then comes behind that.
-DEVICE void copy(const Problem& p, const uint8_t* image, uint32_t shared, int worker, int rank) {
+DEVICE void copy(const Problem& p, const uint8_t* image, uint32_t shared, int worker, int rank, int copier) {
   using namespace sm90;
   const uint64_t once = evict_first(), again = evict_normal();
+  for (int band = copier; band < BANDS; band += COPYING) prefetch_weights(p, worker, rank, band, STAGES);
   Ring ring;
   launch_wait();
   for (Blocks blocks(p, worker, rank); blocks.left; blocks.next(), ring.next()) {
     wait(shared + AT_BARRIERS + 8 * (STAGES + ring.stage), ring.phase ^ 1);
-    copy_weights(blocks, shared, ring.stage, once);
-    copy_tokens(blocks, image, shared, ring.stage, again);
+    copy_weights(blocks, shared, ring.stage, copier, once);
+    if (copier == 0) copy_tokens(blocks, image, shared, ring.stage, again);
   }
-  launch_next();
 }
 
 __global__ void __launch_bounds__(THREADS, 1) gemm(const __grid_constant__ Problem p, const uint8_t* image) {
@@ -278,10 +278,11 @@ __global__ void __launch_bounds__(THREADS, 1) gemm(const __grid_constant__ Probl
   const int worker = blockIdx.x / CLUSTER, rank = CLUSTER > 1 ? (int)cluster_rank() : 0;
   if (threadIdx.x == 0) {
     for (int i = 0; i < STAGES; ++i) {
-      barrier_init(shared + AT_BARRIERS + 8 * i, 1);
+      barrier_init(shared + AT_BARRIERS + 8 * i, COPYING);
       barrier_init(shared + AT_BARRIERS + 8 * (STAGES + i), 4 * BANDS * CLUSTER);
     }
     barrier_init_fence();
+    launch_next();
   }
   __syncthreads();
   if (CLUSTER > 1) {
@@ -290,7 +291,7 @@ __global__ void __launch_bounds__(THREADS, 1) gemm(const __grid_constant__ Probl
   }
   if (warpgroup == 0) {
     registers_down<32>();
-    if (threadIdx.x == 0) copy(p, image, shared, worker, rank);
+    if (threadIdx.x % 32 == 0) copy(p, image, shared, worker, rank, threadIdx.x / 32);
   } else {
     registers_up<REGISTERS>();
     const int thread = threadIdx.x % 128, band = warpgroup - 1;
@@ -348,6 +349,8 @@ extern "C" int lowbit_gemm_w4a8_f16(const void* a, long long a_stride, const voi
   config.gridDim = dim3(p.deal.workers * CLUSTER);
   cudaLaunchConfig_t first = config;
   first.blockDim = dim3(CONVERTING), first.dynamicSmemBytes = 0, first.numAttrs = 1;
+  error = beside(convert);
+  if (error != cudaSuccess) return error;
   error = cudaLaunchKernelEx(&first, convert, p, (const uint8_t*)a, a_stride, (int)k, (uint4*)image, image_bytes / 16,
                              counters);
   if (error != cudaSuccess) return error;

@@ -110,6 +110,14 @@ struct Area {  // EPILOGUE_BYTES at a multiple of 128
 
 // Sums of several workers ------------------------------------------------------------------------------------------------------
 
+// One more. What the threads stored that met at a barrier before is there for whoever counts later, and what those stored that
+// counted earlier is there for the threads that meet at a barrier behind it: both through `store_device` and `load_device`.
+DEVICE unsigned count_up(unsigned* counter) {
+  unsigned before;
+  asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], %2;" : "=r"(before) : "l"(counter), "r"(1u) : "memory");
+  return before;
+}
+
 // Hands in a warpgroup's sums over a segment of a tile that is cut. True for the last to come: its sums are then those of the
 // whole tile. All 128 threads of a band call it; it uses barrier 1 + band.
 DEVICE bool settle(const Problem& p, const schedule::Segment& segment, const Area& area, int worker, int rank, int band,
@@ -124,13 +132,11 @@ DEVICE bool settle(const Problem& p, const schedule::Segment& segment, const Are
   for (int j = 0; j < TOKENS / 8; ++j) {
     store_device(mine + 128 * j, make_float4(sums[4 * j], sums[4 * j + 1], sums[4 * j + 2], sums[4 * j + 3]));
   }
-  __threadfence();
   sync_threads(1 + band, 128);
   volatile unsigned* const came = reinterpret_cast<volatile unsigned*>(area.memory + AT_LAST) + band;
-  if (thread == 0) *came = atomicAdd(p.counters + segment.tile * (CLUSTER * BANDS) + place, 1u);
+  if (thread == 0) *came = count_up(p.counters + segment.tile * (CLUSTER * BANDS) + place);
   sync_threads(1 + band, 128);
   if (*came != (unsigned)(last - first)) return false;
-  __threadfence();
   const float4* const there = slots + (long long)deal.slot(first, true) * step;
 #pragma unroll
   for (int j = 0; j < TOKENS / 8; ++j) {
@@ -309,6 +315,13 @@ inline cudaError_t resident(int* clusters, Kernel kernel, cudaLaunchConfig_t con
   if (*clusters > MOST_BLOCKS / size) *clusters = MOST_BLOCKS / size;
   if (device < 64) known[device] = processors << 10 | *clusters;
   return cudaSuccess;
+}
+
+// Lets blocks of a small kernel run beside blocks that have nearly all of the shared memory of a multiprocessor: what is left for
+// the first-level cache is the same for both, otherwise one would wait until the others are gone.
+template <class Kernel>
+inline cudaError_t beside(Kernel kernel) {
+  return cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
 }
 
 // Who multiplies what: at most `most` workers. Returns the number
