@@ -26,12 +26,13 @@ constexpr int MOST_BYTES = 231424;        // 227 KB less what a block of the nex
 constexpr int TILE_BYTES = TOKENS * 256;  // 128 k of the activations: two matrices of 64 k
 constexpr int SHARE = TILE_BYTES / CLUSTER;
 constexpr int WEIGHT_BYTES = BANDS * BLOCK_BYTES;
-constexpr int STAGES = (MOST_BYTES - EPILOGUE_BYTES) / (TILE_BYTES + WEIGHT_BYTES + 16);
+constexpr int STAGES = (MOST_BYTES - EPILOGUE_BYTES - 24 * BANDS) / (TILE_BYTES + WEIGHT_BYTES + 16);
 constexpr int AT_A = 0;
 constexpr int AT_AREA = STAGES * TILE_BYTES;
 constexpr int AT_W = AT_AREA + EPILOGUE_BYTES;
 constexpr int AT_BARRIERS = AT_W + STAGES * WEIGHT_BYTES;
-constexpr int SHARED_BYTES = AT_BARRIERS + 16 * STAGES;
+constexpr int AT_COUNTS = AT_BARRIERS + 16 * STAGES;  // for each band: two barriers, and what was found
+constexpr int SHARED_BYTES = AT_COUNTS + 24 * BANDS;
 static_assert(STAGES > 2, "a stage is read, the next is waited for");
 static_assert(SHARED_BYTES <= MOST_BYTES, "a block of each kernel fits a multiprocessor");
 static_assert(AT_AREA % 128 == 0 && AT_BARRIERS % 8 == 0, "places of the epilogue and of barriers");
@@ -230,12 +231,13 @@ struct Blocks {
   }
 };
 
-constexpr int COPYING = 4;  // threads that copy, one of each warp: every so many bands, and the first of them the tokens
+constexpr int COPYING = 2;  // threads that copy, one of each warp: every so many bands, and the first of them the tokens
 
 DEVICE void copy_weights(const Blocks& blocks, uint32_t shared, int stage, int copier, uint64_t policy) {
   const uint32_t full = shared + AT_BARRIERS + 8 * stage;
   const int bands = (BANDS - copier + COPYING - 1) / COPYING;
   sm90::arrive_expect(full, bands * BLOCK_BYTES + (copier == 0 ? TILE_BYTES : 0));
+#pragma unroll 1
   for (int band = copier; band < BANDS; band += COPYING) {
     sm90::copy_bulk(shared + AT_W + stage * WEIGHT_BYTES + band * BLOCK_BYTES, packed(blocks.p, blocks.tile, band, blocks.k),
                     BLOCK_BYTES, full, policy);
@@ -270,6 +272,37 @@ DEVICE void copy(const Problem& p, const uint8_t* image, uint32_t shared, int wo
   }
 }
 
+// Of a tile that a worker takes over and others begin: who comes last is found out while the next tile is multiplied, which would
+// otherwise wait for memory. Then the sums are handed in, a thread of a warp that does not multiply counts, and the band looks
+// at what it found behind its last tile. Nearly always somebody else comes later.
+struct Deferred {
+  uint32_t handed, counted;  // barriers
+  volatile uint32_t* last;
+  DEVICE Deferred(uint32_t shared, uint8_t* memory, int band) {
+    handed = shared + AT_COUNTS + 24 * band, counted = handed + 8;
+    last = reinterpret_cast<volatile uint32_t*>(memory + AT_COUNTS + 24 * band + 16);
+  }
+};
+
+// Whether a worker's first segment is of that kind.
+DEVICE bool deferred(const Problem& p, int worker) {
+  schedule::Walk walk(p.deal, worker);
+  if (!exists(p, walk.tile) || walk.segment().begin == 0) return false;
+  walk.next();
+  return exists(p, walk.tile);
+}
+
+DEVICE void count(const Problem& p, uint32_t shared, uint8_t* memory, int worker, int rank, int counter) {
+  if (!deferred(p, worker)) return;
+  const schedule::Walk walk(p.deal, worker);
+  for (int band = counter; band < BANDS; band += 4 - COPYING) {
+    const Deferred there(shared, memory, band);
+    sm90::wait(there.handed, 0);
+    *there.last = Slots(p, walk.tile, rank, band, 0).count();
+    sm90::arrive(there.counted);
+  }
+}
+
 __global__ void __launch_bounds__(THREADS, 1) gemm(const __grid_constant__ Problem p, const uint8_t* image) {
   using namespace sm90;
   extern __shared__ __align__(1024) uint8_t memory[];
@@ -281,6 +314,10 @@ __global__ void __launch_bounds__(THREADS, 1) gemm(const __grid_constant__ Probl
       barrier_init(shared + AT_BARRIERS + 8 * i, COPYING);
       barrier_init(shared + AT_BARRIERS + 8 * (STAGES + i), 4 * BANDS * CLUSTER);
     }
+    for (int i = 0; i < BANDS; ++i) {
+      barrier_init(shared + AT_COUNTS + 24 * i, 128);
+      barrier_init(shared + AT_COUNTS + 24 * i + 8, 1);
+    }
     barrier_init_fence();
     launch_next();
   }
@@ -291,22 +328,45 @@ __global__ void __launch_bounds__(THREADS, 1) gemm(const __grid_constant__ Probl
   }
   if (warpgroup == 0) {
     registers_down<32>();
-    if (threadIdx.x % 32 == 0) copy(p, image, shared, worker, rank, threadIdx.x / 32);
+    const int warp = threadIdx.x / 32;
+    if (threadIdx.x % 32 == 0 && warp < COPYING) copy(p, image, shared, worker, rank, warp);
+    if (threadIdx.x % 32 == 0 && warp >= COPYING) {
+      launch_wait();
+      count(p, shared, memory, worker, rank, warp - COPYING);
+    }
   } else {
     registers_up<REGISTERS>();
     const int thread = threadIdx.x % 128, band = warpgroup - 1;
     const Area area = {shared + AT_AREA, memory + AT_AREA};
     const Reader reader(memory, band, thread);
+    const Deferred later(shared, memory, band);
+    const bool defers = deferred(p, worker);
     launch_wait();
     Ring ring;
-    for (schedule::Walk walk(p.deal, worker); exists(p, walk.tile); walk.next()) {
+    float sums[SUMS];
+    schedule::Walk walk(p.deal, worker);
+    const int taken = walk.tile;
+    for (; exists(p, walk.tile); walk.next()) {
       const schedule::Segment segment = walk.segment();
       const Tile tile = tile_of(p, segment.tile, rank);
       prefetch_factors(p, tile, band, thread);
-      float sums[SUMS];
       multiply(reader, segment.end - segment.begin, ring, sums);
+      if (defers && segment.tile == taken) {
+        Slots(p, taken, rank, band, thread).store(worker, sums);
+        arrive(later.handed);
+        continue;
+      }
       const Factors factors = load_factors(p, tile, area, band, thread);
       if (segment.whole(p.k_blocks) || settle(p, segment, area, worker, rank, band, thread, sums)) {
+        store(p, tile, area, 0, band, thread, factors, sums);
+      }
+    }
+    if (defers) {
+      wait(later.counted, 0);
+      if (*later.last != 0) {
+        const Tile tile = tile_of(p, taken, rank);
+        const Factors factors = load_factors(p, tile, area, band, thread);
+        Slots(p, taken, rank, band, thread).add(sums);
         store(p, tile, area, 0, band, thread, factors, sums);
       }
     }

@@ -118,57 +118,77 @@ DEVICE unsigned count_up(unsigned* counter) {
   return before;
 }
 
+// The sums of a thread in the slots of a tile that is cut. `tile`: its index; place: of a band among those of a worker.
+struct Slots {
+  const Problem& p;
+  float4* start;
+  int tile, place, first, last;
+  DEVICE Slots(const Problem& problem, int tile_here, int rank, int band, int thread) : p(problem), tile(tile_here) {
+    place = rank * BANDS + band, first = p.deal.first(tile), last = p.deal.last(tile);
+    start = reinterpret_cast<float4*>(p.slots) + (long long)place * (SLOT / 4) + thread;
+  }
+  DEVICE float4* of(int worker) const {
+    return start + (long long)p.deal.slot(worker, worker == first) * (CLUSTER * BANDS * (SLOT / 4));
+  }
+  DEVICE void store(int worker, const float (&sums)[SUMS]) const {
+    float4* const mine = of(worker);
+#pragma unroll
+    for (int j = 0; j < TOKENS / 8; ++j) {
+      sm90::store_device(mine + 128 * j, make_float4(sums[4 * j], sums[4 * j + 1], sums[4 * j + 2], sums[4 * j + 3]));
+    }
+  }
+  // One thread calls it, after all of the band stored. True for the last to come.
+  DEVICE bool count() const { return count_up(p.counters + tile * (CLUSTER * BANDS) + place) == (unsigned)(last - first); }
+  // The sums of the whole tile, added in ascending order of k.
+  DEVICE void add(float (&sums)[SUMS]) const {
+    const float4* const there = of(first);
+#pragma unroll
+    for (int j = 0; j < TOKENS / 8; ++j) {
+      const float4 part = sm90::load_device(there + 128 * j);
+      sums[4 * j] = part.x, sums[4 * j + 1] = part.y, sums[4 * j + 2] = part.z, sums[4 * j + 3] = part.w;
+    }
+#pragma unroll 1
+    for (int next = first + 1; next <= last; next += AT_ONCE) {
+#pragma unroll
+      for (int piece = 0; piece < TOKENS / 8; piece += PIECES) {
+        float4 parts[AT_ONCE][PIECES];
+#pragma unroll
+        for (int i = 0; i < AT_ONCE; ++i) {
+          const float4* const from = of(next + i);
+#pragma unroll
+          for (int j = 0; j < PIECES; ++j) {
+            if (next + i <= last) parts[i][j] = sm90::load_device(from + 128 * (piece + j));
+          }
+        }
+#pragma unroll
+        for (int i = 0; i < AT_ONCE; ++i) {
+          if (next + i > last) continue;
+#pragma unroll
+          for (int j = 0; j < PIECES; ++j) {
+            const float4& part = parts[i][j];
+            float* const sum = sums + 4 * (piece + j);
+            sum[0] = __fadd_rn(sum[0], part.x), sum[1] = __fadd_rn(sum[1], part.y);
+            sum[2] = __fadd_rn(sum[2], part.z), sum[3] = __fadd_rn(sum[3], part.w);
+          }
+        }
+      }
+    }
+  }
+};
+
 // Hands in a warpgroup's sums over a segment of a tile that is cut. True for the last to come: its sums are then those of the
 // whole tile. All 128 threads of a band call it; it uses barrier 1 + band.
 DEVICE bool settle(const Problem& p, const schedule::Segment& segment, const Area& area, int worker, int rank, int band,
                    int thread, float (&sums)[SUMS]) {
   using namespace sm90;
-  const schedule::Deal& deal = p.deal;
-  const int first = deal.first(segment.tile), last = deal.last(segment.tile), place = rank * BANDS + band;
-  float4* const slots = reinterpret_cast<float4*>(p.slots) + (long long)place * (SLOT / 4) + thread;
-  const int step = CLUSTER * BANDS * (SLOT / 4);
-  float4* const mine = slots + (long long)deal.slot(worker, worker == first) * step;
-#pragma unroll
-  for (int j = 0; j < TOKENS / 8; ++j) {
-    store_device(mine + 128 * j, make_float4(sums[4 * j], sums[4 * j + 1], sums[4 * j + 2], sums[4 * j + 3]));
-  }
+  const Slots slots(p, segment.tile, rank, band, thread);
+  slots.store(worker, sums);
   sync_threads(1 + band, 128);
   volatile unsigned* const came = reinterpret_cast<volatile unsigned*>(area.memory + AT_LAST) + band;
-  if (thread == 0) *came = count_up(p.counters + segment.tile * (CLUSTER * BANDS) + place);
+  if (thread == 0) *came = slots.count();
   sync_threads(1 + band, 128);
-  if (*came != (unsigned)(last - first)) return false;
-  const float4* const there = slots + (long long)deal.slot(first, true) * step;
-#pragma unroll
-  for (int j = 0; j < TOKENS / 8; ++j) {
-    const float4 part = load_device(there + 128 * j);
-    sums[4 * j] = part.x, sums[4 * j + 1] = part.y, sums[4 * j + 2] = part.z, sums[4 * j + 3] = part.w;
-  }
-#pragma unroll 1
-  for (int next = first + 1; next <= last; next += AT_ONCE) {
-#pragma unroll
-    for (int piece = 0; piece < TOKENS / 8; piece += PIECES) {
-      float4 parts[AT_ONCE][PIECES];
-#pragma unroll
-      for (int i = 0; i < AT_ONCE; ++i) {
-        const float4* const there = slots + (long long)deal.slot(next + i, false) * step;
-#pragma unroll
-        for (int j = 0; j < PIECES; ++j) {
-          if (next + i <= last) parts[i][j] = load_device(there + 128 * (piece + j));
-        }
-      }
-#pragma unroll
-      for (int i = 0; i < AT_ONCE; ++i) {
-        if (next + i > last) continue;
-#pragma unroll
-        for (int j = 0; j < PIECES; ++j) {
-          const float4& part = parts[i][j];
-          float* const sum = sums + 4 * (piece + j);
-          sum[0] = __fadd_rn(sum[0], part.x), sum[1] = __fadd_rn(sum[1], part.y);
-          sum[2] = __fadd_rn(sum[2], part.z), sum[3] = __fadd_rn(sum[3], part.w);
-        }
-      }
-    }
-  }
+  if (*came == 0) return false;
+  slots.add(sums);
   return true;
 }
 

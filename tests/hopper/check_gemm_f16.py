@@ -344,6 +344,8 @@ DEFECTS = {
     "counters left as they are": ("p.counters[i] = 0;", ";"),
     "sums of parts stored as they are": ("segment.whole(p.k_blocks) || settle(", "true || settle("),
     "the image before the work ahead": ("  sm90::launch_wait();  // what the kernel before wrote or still reads\n", ""),
+    "sums handed in to another's slot": ("thread).store(worker, sums);\n        arrive(",
+                                         "thread).store(worker + 1, sums);\n        arrive("),
     "half the tile's k": ("b + TILE_BYTES / 32, GROUP == 128", "b, GROUP == 128"),
 }
 
@@ -356,6 +358,24 @@ CLUSTERED = {
     "one block's rows twice": ("(index * CLUSTER + rank) * BANDS", "(index * CLUSTER) * BANDS"),
     "a block gone before its copies": ("    __syncwarp();\n    cluster_arrive();\n    cluster_wait();\n", "    __syncwarp();\n"),
 }
+
+
+IN_TURN = ("plan(p, workers, image", "plan(p, 3, image")  # work for three on a machine that holds one at a time
+LEFT = {
+    "a tile left to nobody": ("if (*later.last != 0)", "if (*later.last == 2)"),
+    "parts of a tile that are not added": ("Slots(p, taken, rank, band, thread).add(sums);", ";"),
+}
+
+
+@pytest.mark.parametrize("tactic", [name for name, tactic in room.TACTICS.items() if tactic.cluster == 1])
+def test_who_takes_a_tile_over_may_come_last(tactic: str) -> None:
+    """Two tiles cut in three: the second worker's first part is the last of its tile where workers run one after the other."""
+    given, total = exact(np.random.default_rng(2), 7, 512, 4096, 128)
+    right = []
+    for patches in ((IN_TURN,), *((IN_TURN, each) for each in LEFT.values())):
+        got = product(tactic, 128, given, Machine(EITHER, EITHER, 3, 1, patches))
+        right.append(np.array_equal(got.astype(np.float64), rounded(total, got.dtype)))
+    assert right == [True, *(False for _ in LEFT)]
 
 
 @pytest.mark.parametrize("defect", [*DEFECTS, *CLUSTERED])

@@ -187,13 +187,13 @@ def test_scratch_memory_that_is_too_small_launches_nothing() -> None:
 W4, TILES, SCHEDULE = "gemm_w4a8.cu", "gemm_w4a8_tiles.cuh", "gemm_w4a8_schedule.cuh"
 DEFECTS: dict[str, tuple[Patches, str, tuple[str, str]]] = {
     "last_too_early": (
-        {TILES: [("if (*came != (unsigned)(last - first))", "if (*came != (unsigned)(last - first - 1))")]}, "one", EARLY_LATE,
+        {TILES: [("place) == (unsigned)(last - first);", "place) == (unsigned)(last - first - 1);")]}, "one", EARLY_LATE,
     ),
     "counters_not_zeroed": ({W4: [("  if (counters > 0) {", "  if (counters > 99) {")]}, "one", EARLY_LATE),
     "zeroed_before_the_work_ahead": ({W4: [("  sm90::launch_wait();\n  for (int i", "  for (int i")]}, "one", EARLY_LATE),
-    "slot_of_another": ({TILES: [("deal.slot(next + i, false)", "deal.slot(next + i, true)")]}, "one", EARLY_LATE),
+    "slot_of_another": ({TILES: [("from = of(next + i);", "from = of(next + i - 1);")]}, "one", EARLY_LATE),
     "descending": (
-        {TILES: [("deal.slot(next + i, false)", "deal.slot(first + 1 + last - next - i, false)")]}, "parts", EARLY_LATE,
+        {TILES: [("from = of(next + i);", "from = of(first + 1 + last - next - i);")]}, "parts", EARLY_LATE,
     ),
     "a_unit_twice": (
         {SCHEDULE: [("left -= done.end - done.begin, begin", "left -= done.end - done.begin - 1, begin")]}, "one", EARLY_LATE,
