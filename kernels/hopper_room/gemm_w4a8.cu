@@ -164,7 +164,7 @@ DEVICE void copy_tiles(const Problem& p, const CUtensorMap* map, uint32_t shared
 }
 
 // The weights that the first stages need, into L2 while the kernel before on the stream still runs.
-DEVICE void prefetch_stages(const Problem& p, const Place& here) {
+DEVICE void prefetch_weights(const Problem& p, const Place& here) {
   if (p.counts != nullptr) return;  // which expert comes first is not known yet
   Tiles tiles(p, here.rank);
   Tile tile;
@@ -423,7 +423,7 @@ __global__ void __launch_bounds__(THREADS, 1) gemm(const __grid_constant__ Probl
       launch_wait();
       copy_tiles<false>(p, &map, shared, here);
     } else if (threadIdx.x == 64) {
-      prefetch_stages(p, here);
+      prefetch_weights(p, here);
     }
   } else {
     registers_up<REGISTERS>();
@@ -455,11 +455,10 @@ __global__ void __launch_bounds__(THREADS, 1) gemm(const __grid_constant__ Probl
         phase ^= 1;
       }
       if (crew.half == 0) {
-        const Factors factors = load_factors(p, tile, area, crew.band, thread);
         if (STREAM && !segment.whole(p.k_blocks)) {
           if (!settle(p, segment, area, here.worker, here.rank, crew.band, thread, sums)) continue;
         }
-        if (8 * here.split < TOKENS) store(p, tile, area, here.split, crew.band, thread, factors, sums);
+        if (8 * here.split < TOKENS) store(p, tile, area, here.split, crew.band, thread, sums);
       }
     }
   }
@@ -512,8 +511,6 @@ extern "C" int lowbit_gemm_w4a8(const void* a, long long a_stride, const void* w
   if (counters < 0) return cudaErrorInvalidValue;
 #if STREAM
   if (counters > 0) {
-    error = beside(zero);
-    if (error != cudaSuccess) return error;
     cudaLaunchConfig_t first = {};
     first.gridDim = dim3(1), first.blockDim = dim3(256), first.stream = config.stream;
     first.attrs = attributes + 1, first.numAttrs = OVERLAP;

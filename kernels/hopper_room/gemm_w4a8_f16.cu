@@ -7,8 +7,8 @@
 // nearest: sums that stay in the unit over all of K would be cut toward zero after every 16 products. e4m3 activations become
 // binary16, exactly, by a first kernel, in the order of k that the packed words have (below). K is dealt out to all
 // multiprocessors (gemm_w4a8_schedule.cuh). The first kernel waits beside the product that is ahead on the stream; a block of the
-// product asks the L2 cache for its first weights while it waits. Four threads copy. BANDS warpgroups multiply, each 64 rows of W.
-// CLUSTER blocks with neighbouring rows of W work as one: each copies its share of the activations to all of them.
+// product asks the L2 cache for its first weights while it waits. A few threads copy. BANDS warpgroups multiply, each 64 rows of
+// W. CLUSTER blocks with neighbouring rows of W work as one: each copies its share of the activations to all of them.
 // Refuses nothing: gemm_w4a8_f16.py does.
 //
 // An A fragment of m64nNk16 has, at lane c of four, k = 2 c and 2 c + 1 of the row and of the row eight down, then the same
@@ -33,7 +33,6 @@ constexpr int AT_W = AT_AREA + EPILOGUE_BYTES;
 constexpr int AT_BARRIERS = AT_W + STAGES * WEIGHT_BYTES;
 constexpr int AT_COUNTS = AT_BARRIERS + 16 * STAGES;  // for each band: two barriers, and what was found
 constexpr int SHARED_BYTES = AT_COUNTS + 24 * BANDS;
-static_assert(STAGES > 2, "a stage is read, the next is waited for");
 static_assert(SHARED_BYTES <= MOST_BYTES, "a block of each kernel fits a multiprocessor");
 static_assert(AT_AREA % 128 == 0 && AT_BARRIERS % 8 == 0, "places of the epilogue and of barriers");
 
@@ -53,8 +52,7 @@ constexpr int CONVERTING = 128;  // threads of a block: with 32 registers each, 
 // 64 k with 128-byte swizzling. Rows beyond m and k beyond K are zeros. `a`: rows at multiples of 16 bytes. Zeroes the counters,
 // too. One block for each of `gemm`.
 __global__ void __launch_bounds__(CONVERTING, 16) convert(const __grid_constant__ Problem p, const uint8_t* a, long long stride,
-                                                          int k, uint4* image, long long chunks,
-                                                          int counters) {
+                                                          int k, uint4* image, long long chunks, int counters) {
   sm90::launch_next();
   sm90::launch_wait();  // what the kernel before wrote or still reads
   const int first = blockIdx.x * CONVERTING + threadIdx.x, step = gridDim.x * CONVERTING;
@@ -166,39 +164,37 @@ DEVICE void promote(float (&sums)[SUMS], float (&part)[SUMS], uint32_t scales) {
 }
 
 // One warpgroup's 64 rows by TOKENS over `blocks` (at least one) of 128 k. While products of one half of 128 k run, the other
-// half is expanded, and the words of the next block are on their way: its stage was waited for a block ahead.
+// half is expanded.
 DEVICE void multiply(const Reader& reader, int blocks, Ring& ring, float (&sums)[SUMS]) {
   using namespace sm90;
   float part[SUMS];
   uint32_t first[16], second[16];
 #pragma unroll
   for (int i = 0; i < SUMS; ++i) sums[i] = 0.0f;
-  Ring ahead = ring;
-  ahead.next();
   wait(reader.barriers + 8 * ring.stage, ring.phase);
   expand(run(reader, ring.stage, 0), first);
-  if (blocks > 1) wait(reader.barriers + 8 * ahead.stage, ahead.phase);
-  for (int left = blocks; left > 0; --left) {
-    const int stage = ring.stage, next = ahead.stage;  // behind the last block: read and not used
+  while (true) {
+    const int stage = ring.stage;
     const uint64_t b = reader.tokens + (uint32_t)(stage * (TILE_BYTES / 16));
-    const uint4 back = run(reader, stage, 1);
     const uint32_t scales = codes(reader, stage);
     issue(part, first, b, 0);
-    const uint4 front = run(reader, next, 0);
-    expand(back, second);
+    expand(run(reader, stage, 1), second);
     if (GROUP == 64) {
       wgmma_wait<0>();
       promote(sums, part, scales & 0xFFFF);
     }
     issue(part, second, b + TILE_BYTES / 32, GROUP == 128);
-    ring = ahead;
-    ahead.next();
-    wgmma_wait<1>();
-    expand(front, first);
-    if (left > 2) wait(reader.barriers + 8 * ahead.stage, ahead.phase);
+    ring.next();
+    if (--blocks > 0) {
+      wait(reader.barriers + 8 * ring.stage, ring.phase);
+      const uint4 words = run(reader, ring.stage, 0);
+      wgmma_wait<1>();
+      expand(words, first);
+    }
     wgmma_wait<0>();
     release(reader, stage);
     promote(sums, part, GROUP == 64 ? scales >> 16 : scales);
+    if (blocks == 0) break;
   }
 }
 
@@ -231,7 +227,8 @@ struct Blocks {
   }
 };
 
-constexpr int COPYING = 2;  // threads that copy, one of each warp: every so many bands, and the first of them the tokens
+constexpr bool DEFERS = TOKENS <= 16;    // with more tokens, products take the time, and it was slower
+constexpr int COPYING = DEFERS ? 2 : 4;  // threads that copy, one of a warp: every so many bands, the first of them A as well
 
 DEVICE void copy_weights(const Blocks& blocks, uint32_t shared, int stage, int copier, uint64_t policy) {
   const uint32_t full = shared + AT_BARRIERS + 8 * stage;
@@ -286,6 +283,7 @@ struct Deferred {
 
 // Whether a worker's first segment is of that kind.
 DEVICE bool deferred(const Problem& p, int worker) {
+  if (!DEFERS) return false;
   schedule::Walk walk(p.deal, worker);
   if (!exists(p, walk.tile) || walk.segment().begin == 0) return false;
   walk.next();
@@ -295,7 +293,7 @@ DEVICE bool deferred(const Problem& p, int worker) {
 DEVICE void count(const Problem& p, uint32_t shared, uint8_t* memory, int worker, int rank, int counter) {
   if (!deferred(p, worker)) return;
   const schedule::Walk walk(p.deal, worker);
-  for (int band = counter; band < BANDS; band += 4 - COPYING) {
+  for (int band = counter; band < BANDS; band += 2) {
     const Deferred there(shared, memory, band);
     sm90::wait(there.handed, 0);
     *there.last = Slots(p, walk.tile, rank, band, 0).count();
@@ -330,7 +328,7 @@ __global__ void __launch_bounds__(THREADS, 1) gemm(const __grid_constant__ Probl
     registers_down<32>();
     const int warp = threadIdx.x / 32;
     if (threadIdx.x % 32 == 0 && warp < COPYING) copy(p, image, shared, worker, rank, warp);
-    if (threadIdx.x % 32 == 0 && warp >= COPYING) {
+    if (DEFERS && threadIdx.x % 32 == 0 && warp >= COPYING) {
       launch_wait();
       count(p, shared, memory, worker, rank, warp - COPYING);
     }

@@ -300,6 +300,12 @@ DEVICE void store(const Problem& p, const Tile& tile, const Area& area, int spli
   }
 }
 
+// The same where factors are not on their way yet.
+DEVICE void store(const Problem& p, const Tile& tile, const Area& area, int split, int band, int thread,
+                  const float (&sums)[SUMS]) {
+  store(p, tile, area, split, band, thread, load_factors(p, tile, area, band, thread), sums);
+}
+
 // Host -------------------------------------------------------------------------------------------------------------------------
 
 // The parts of `Problem` that say what is where; `deal`, `slots` and `counters` are for `plan`.
