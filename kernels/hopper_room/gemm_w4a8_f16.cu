@@ -22,7 +22,7 @@ namespace {
 
 constexpr int THREADS = (BANDS + 1) * 128;
 constexpr int REGISTERS = 112;            // of a thread that multiplies; 32 of one that does not: 96 each, at the launch
-constexpr int MOST_BYTES = 231424;        // 227 KB less what a block of the next launch's first kernel has, which shares no memory
+constexpr int MOST_BYTES = 231424;        // 227 KB less the kilobyte that a block of the next first kernel has
 constexpr int TILE_BYTES = TOKENS * 256;  // 128 k of the activations: two matrices of 64 k
 constexpr int SHARE = TILE_BYTES / CLUSTER;
 constexpr int WEIGHT_BYTES = BANDS * BLOCK_BYTES;
