@@ -6,9 +6,9 @@
 // without a table. The sum of a group is multiplied by its scale and added to a running f32 total by one FMA, rounded to
 // nearest: sums that stay in the unit over all of K would be cut toward zero after every 16 products. e4m3 activations become
 // binary16, exactly, by a first kernel, in the order of k that the packed words have (below). K is dealt out to all
-// multiprocessors (gemm_w4a8_schedule.cuh). A thread copies: weights into all stages while the first kernel still runs,
-// activations after it. BANDS warpgroups multiply, each 64 rows of W. CLUSTER blocks with neighbouring rows of W work as one:
-// each copies its share of the activations to all of them.
+// multiprocessors (gemm_w4a8_schedule.cuh). The first kernel waits beside the product that is ahead on the stream; a block of the
+// product asks the L2 cache for its first weights while it waits. A few threads copy. BANDS warpgroups multiply, each 64 rows of
+// W. CLUSTER blocks with neighbouring rows of W work as one: each copies its share of the activations to all of them.
 // Refuses nothing: gemm_w4a8_f16.py does.
 //
 // An A fragment of m64nNk16 has, at lane c of four, k = 2 c and 2 c + 1 of the row and of the row eight down, then the same
@@ -22,16 +22,18 @@ namespace {
 
 constexpr int THREADS = (BANDS + 1) * 128;
 constexpr int REGISTERS = 112;            // of a thread that multiplies; 32 of one that does not: 96 each, at the launch
+constexpr int MOST_BYTES = 231424;        // 227 KB less the kilobyte that a block of the next first kernel has
 constexpr int TILE_BYTES = TOKENS * 256;  // 128 k of the activations: two matrices of 64 k
 constexpr int SHARE = TILE_BYTES / CLUSTER;
 constexpr int WEIGHT_BYTES = BANDS * BLOCK_BYTES;
-constexpr int STAGES = (232448 - EPILOGUE_BYTES) / (TILE_BYTES + WEIGHT_BYTES + 16);
+constexpr int STAGES = (MOST_BYTES - EPILOGUE_BYTES - 24 * BANDS) / (TILE_BYTES + WEIGHT_BYTES + 16);
 constexpr int AT_A = 0;
 constexpr int AT_AREA = STAGES * TILE_BYTES;
 constexpr int AT_W = AT_AREA + EPILOGUE_BYTES;
 constexpr int AT_BARRIERS = AT_W + STAGES * WEIGHT_BYTES;
-constexpr int SHARED_BYTES = AT_BARRIERS + 16 * STAGES;
-static_assert(SHARED_BYTES <= 232448, "a block has 227 KB");
+constexpr int AT_COUNTS = AT_BARRIERS + 16 * STAGES;  // for each band: two barriers, and what was found
+constexpr int SHARED_BYTES = AT_COUNTS + 24 * BANDS;
+static_assert(SHARED_BYTES <= MOST_BYTES, "a block of each kernel fits a multiprocessor");
 static_assert(AT_AREA % 128 == 0 && AT_BARRIERS % 8 == 0, "places of the epilogue and of barriers");
 
 struct Ring {
@@ -44,32 +46,34 @@ struct Ring {
 
 // Activations ------------------------------------------------------------------------------------------------------------------
 
-constexpr int CONVERTING = 128;  // threads of a block
+constexpr int CONVERTING = 128;  // threads of a block: with 32 registers each, what a block of `gemm` leaves
 
-// Sixteen bytes of the image per thread: tiles of 128 k as the products read them, each two matrices of TOKENS rows by 64 k with
-// 128-byte swizzling. Rows beyond m and k beyond K are zeros. `a`: rows at multiples of 16 bytes. Zeroes the counters, too.
-__global__ void __launch_bounds__(CONVERTING) convert(const uint8_t* a, long long stride, int m, int k, uint4* image,
-                                                      long long chunks, unsigned* counters, int count) {
-  sm90::launch_wait();  // what the kernel before wrote or still reads; what it wrote, blocks of `gemm` see from here on
+// Sixteen bytes of the image per thread and turn: tiles of 128 k as the products read them, each two matrices of TOKENS rows by
+// 64 k with 128-byte swizzling. Rows beyond m and k beyond K are zeros. `a`: rows at multiples of 16 bytes. Zeroes the counters,
+// too. One block for each of `gemm`.
+__global__ void __launch_bounds__(CONVERTING, 16) convert(const __grid_constant__ Problem p, const uint8_t* a, long long stride,
+                                                          int k, uint4* image, long long chunks, int counters) {
   sm90::launch_next();
-  const long long index = (long long)blockIdx.x * CONVERTING + threadIdx.x;
-  for (long long i = index; i < count; i += (long long)gridDim.x * CONVERTING) counters[i] = 0;
-  if (index >= chunks) return;
-  const int token = (int)(index / 8 % TOKENS), chunk = (int)(index % 8) ^ token % 8, j = chunk % 4;
-  const int from = (int)(index / (8 * TOKENS)) * 64 + chunk / 4 * 32;
-  uint32_t words[4] = {0, 0, 0, 0};
-  if (token < m && from < k) {  // K is a multiple of 64
-    const uint4* source = reinterpret_cast<const uint4*>(a + token * stride + from);
-    const uint4 near = source[0], far = source[1];
-    const uint32_t low[4] = {near.x, near.y, near.z, near.w}, high[4] = {far.x, far.y, far.z, far.w};
+  sm90::launch_wait();  // what the kernel before wrote or still reads
+  const int first = blockIdx.x * CONVERTING + threadIdx.x, step = gridDim.x * CONVERTING;
+  for (int i = first; i < counters; i += step) p.counters[i] = 0;
+  for (long long index = first; index < chunks; index += step) {
+    const int token = (int)(index / 8 % TOKENS), chunk = (int)(index % 8) ^ token % 8, j = chunk % 4;
+    const int from = (int)(index / (8 * TOKENS)) * 64 + chunk / 4 * 32;
+    uint32_t words[4] = {0, 0, 0, 0};
+    if (token < p.m && from < k) {  // K is a multiple of 64
+      const uint4* source = reinterpret_cast<const uint4*>(a + token * stride + from);
+      const uint4 near = source[0], far = source[1];
+      const uint32_t low[4] = {near.x, near.y, near.z, near.w}, high[4] = {far.x, far.y, far.z, far.w};
 #pragma unroll
-    for (int c = 0; c < 4; ++c) {
-      const uint32_t codes = (low[c] >> (8 * j) & 0xFF) | (high[c] >> (8 * j) & 0xFF) << 8;
-      const __half2_raw both = __nv_cvt_fp8x2_to_halfraw2((__nv_fp8x2_storage_t)codes, __NV_E4M3);
-      words[c] = (uint32_t)both.x | (uint32_t)both.y << 16;
+      for (int c = 0; c < 4; ++c) {
+        const uint32_t codes = (low[c] >> (8 * j) & 0xFF) | (high[c] >> (8 * j) & 0xFF) << 8;
+        const __half2_raw both = __nv_cvt_fp8x2_to_halfraw2((__nv_fp8x2_storage_t)codes, __NV_E4M3);
+        words[c] = (uint32_t)both.x | (uint32_t)both.y << 16;
+      }
     }
+    image[index] = make_uint4(words[0], words[1], words[2], words[3]);
   }
-  image[index] = make_uint4(words[0], words[1], words[2], words[3]);
 }
 
 // Weights ----------------------------------------------------------------------------------------------------------------------
@@ -223,11 +227,15 @@ struct Blocks {
   }
 };
 
-DEVICE void copy_weights(const Blocks& blocks, uint32_t shared, int stage, uint64_t policy) {
+constexpr bool DEFERS = TOKENS <= 16;    // with more tokens, products take the time, and it was slower
+constexpr int COPYING = DEFERS ? 2 : 4;  // threads that copy, one of a warp: every so many bands, the first of them A as well
+
+DEVICE void copy_weights(const Blocks& blocks, uint32_t shared, int stage, int copier, uint64_t policy) {
   const uint32_t full = shared + AT_BARRIERS + 8 * stage;
-  sm90::arrive_expect(full, WEIGHT_BYTES + TILE_BYTES);
-#pragma unroll
-  for (int band = 0; band < BANDS; ++band) {
+  const int bands = (BANDS - copier + COPYING - 1) / COPYING;
+  sm90::arrive_expect(full, bands * BLOCK_BYTES + (copier == 0 ? TILE_BYTES : 0));
+#pragma unroll 1
+  for (int band = copier; band < BANDS; band += COPYING) {
     sm90::copy_bulk(shared + AT_W + stage * WEIGHT_BYTES + band * BLOCK_BYTES, packed(blocks.p, blocks.tile, band, blocks.k),
                     BLOCK_BYTES, full, policy);
   }
@@ -248,20 +256,48 @@ DEVICE void copy_tokens(const Blocks& blocks, const uint8_t* image, uint32_t sha
   }
 }
 
-// Weights are constants that were there before `convert` could begin: they may be read before it ends, its image may not.
-DEVICE void copy(const Problem& p, const uint8_t* image, uint32_t shared, int worker, int rank) {
+DEVICE void copy(const Problem& p, const uint8_t* image, uint32_t shared, int worker, int rank, int copier) {
   using namespace sm90;
   const uint64_t once = evict_first(), again = evict_normal();
-  Blocks ahead(p, worker, rank), behind(p, worker, rank);
-  int filled = 0;
-  for (; filled < STAGES && ahead.left; ++filled, ahead.next()) copy_weights(ahead, shared, filled, once);
-  launch_wait();
-  for (int stage = 0; stage < filled; ++stage, behind.next()) copy_tokens(behind, image, shared, stage, again);
+  for (int band = copier; band < BANDS; band += COPYING) prefetch_weights(p, worker, rank, band, STAGES);
   Ring ring;
-  for (; ahead.left; ahead.next(), ring.next()) {
-    wait(shared + AT_BARRIERS + 8 * (STAGES + ring.stage), ring.phase);
-    copy_weights(ahead, shared, ring.stage, once);
-    copy_tokens(ahead, image, shared, ring.stage, again);
+  launch_wait();
+  for (Blocks blocks(p, worker, rank); blocks.left; blocks.next(), ring.next()) {
+    wait(shared + AT_BARRIERS + 8 * (STAGES + ring.stage), ring.phase ^ 1);
+    copy_weights(blocks, shared, ring.stage, copier, once);
+    if (copier == 0) copy_tokens(blocks, image, shared, ring.stage, again);
+  }
+}
+
+// Of a tile that a worker takes over and others begin: who comes last is found out while the next tile is multiplied, which would
+// otherwise wait for memory. Then the sums are handed in, a thread of a warp that does not multiply counts, and the band looks
+// at what it found behind its last tile. Nearly always somebody else comes later.
+struct Deferred {
+  uint32_t handed, counted;  // barriers
+  volatile uint32_t* last;
+  DEVICE Deferred(uint32_t shared, uint8_t* memory, int band) {
+    handed = shared + AT_COUNTS + 24 * band, counted = handed + 8;
+    last = reinterpret_cast<volatile uint32_t*>(memory + AT_COUNTS + 24 * band + 16);
+  }
+};
+
+// Whether a worker's first segment is of that kind.
+DEVICE bool deferred(const Problem& p, int worker) {
+  if (!DEFERS) return false;
+  schedule::Walk walk(p.deal, worker);
+  if (!exists(p, walk.tile) || walk.segment().begin == 0) return false;
+  walk.next();
+  return exists(p, walk.tile);
+}
+
+DEVICE void count(const Problem& p, uint32_t shared, uint8_t* memory, int worker, int rank, int counter) {
+  if (!deferred(p, worker)) return;
+  const schedule::Walk walk(p.deal, worker);
+  for (int band = counter; band < BANDS; band += 2) {
+    const Deferred there(shared, memory, band);
+    sm90::wait(there.handed, 0);
+    *there.last = Slots(p, walk.tile, rank, band, 0).count();
+    sm90::arrive(there.counted);
   }
 }
 
@@ -273,8 +309,12 @@ __global__ void __launch_bounds__(THREADS, 1) gemm(const __grid_constant__ Probl
   const int worker = blockIdx.x / CLUSTER, rank = CLUSTER > 1 ? (int)cluster_rank() : 0;
   if (threadIdx.x == 0) {
     for (int i = 0; i < STAGES; ++i) {
-      barrier_init(shared + AT_BARRIERS + 8 * i, 1);
+      barrier_init(shared + AT_BARRIERS + 8 * i, COPYING);
       barrier_init(shared + AT_BARRIERS + 8 * (STAGES + i), 4 * BANDS * CLUSTER);
+    }
+    for (int i = 0; i < BANDS; ++i) {
+      barrier_init(shared + AT_COUNTS + 24 * i, 128);
+      barrier_init(shared + AT_COUNTS + 24 * i + 8, 1);
     }
     barrier_init_fence();
     launch_next();
@@ -286,22 +326,46 @@ __global__ void __launch_bounds__(THREADS, 1) gemm(const __grid_constant__ Probl
   }
   if (warpgroup == 0) {
     registers_down<32>();
-    if (threadIdx.x == 0) copy(p, image, shared, worker, rank);
+    const int warp = threadIdx.x / 32;
+    if (threadIdx.x % 32 == 0 && warp < COPYING) copy(p, image, shared, worker, rank, warp);
+    if (DEFERS && threadIdx.x % 32 == 0 && warp >= COPYING) {
+      launch_wait();
+      count(p, shared, memory, worker, rank, warp - COPYING);
+    }
   } else {
     registers_up<REGISTERS>();
     const int thread = threadIdx.x % 128, band = warpgroup - 1;
     const Area area = {shared + AT_AREA, memory + AT_AREA};
     const Reader reader(memory, band, thread);
+    const Deferred later(shared, memory, band);
+    const bool defers = deferred(p, worker);
     launch_wait();
     Ring ring;
-    for (schedule::Walk walk(p.deal, worker); exists(p, walk.tile); walk.next()) {
+    float sums[SUMS];
+    schedule::Walk walk(p.deal, worker);
+    const int taken = walk.tile;
+    for (; exists(p, walk.tile); walk.next()) {
       const schedule::Segment segment = walk.segment();
       const Tile tile = tile_of(p, segment.tile, rank);
       prefetch_factors(p, tile, band, thread);
-      float sums[SUMS];
       multiply(reader, segment.end - segment.begin, ring, sums);
+      if (defers && segment.tile == taken) {
+        Slots(p, taken, rank, band, thread).store(worker, sums);
+        arrive(later.handed);
+        continue;
+      }
+      const Factors factors = load_factors(p, tile, area, band, thread);
       if (segment.whole(p.k_blocks) || settle(p, segment, area, worker, rank, band, thread, sums)) {
-        store(p, tile, area, 0, band, thread, sums);
+        store(p, tile, area, 0, band, thread, factors, sums);
+      }
+    }
+    if (defers) {
+      wait(later.counted, 0);
+      if (*later.last != 0) {
+        const Tile tile = tile_of(p, taken, rank);
+        const Factors factors = load_factors(p, tile, area, band, thread);
+        Slots(p, taken, rank, band, thread).add(sums);
+        store(p, tile, area, 0, band, thread, factors, sums);
       }
     }
   }
@@ -322,7 +386,7 @@ extern "C" int lowbit_gemm_w4a8_f16(const void* a, long long a_stride, const voi
                                     const void* channel_scale, const void* bias, void* d, long long d_stride, void* workspace,
                                     long long workspace_bytes, long long m, long long n, long long k, int half, void* stream) {
   Problem p = problem_of(weights, token_scale, channel_scale, bias, d, d_stride, nullptr, m, n, k, 1, half);
-  const long long image_bytes = (long long)p.k_blocks * TILE_BYTES, chunks = image_bytes / 16;
+  const long long image_bytes = (long long)p.k_blocks * TILE_BYTES;
   if (workspace == nullptr || workspace_bytes < image_bytes) return cudaErrorInvalidValue;
   uint8_t* image = (uint8_t*)workspace;
   cudaError_t error = cudaFuncSetAttribute(gemm, cudaFuncAttributeMaxDynamicSharedMemorySize, SHARED_BYTES);
@@ -340,12 +404,13 @@ extern "C" int lowbit_gemm_w4a8_f16(const void* a, long long a_stride, const voi
   if (error != cudaSuccess) return error;
   const int counters = plan(p, workers, image + image_bytes, workspace_bytes - image_bytes);
   if (counters < 0) return cudaErrorInvalidValue;
+  config.gridDim = dim3(p.deal.workers * CLUSTER);
   cudaLaunchConfig_t first = config;
-  first.gridDim = dim3((unsigned)((chunks + CONVERTING - 1) / CONVERTING)), first.blockDim = dim3(CONVERTING);
-  first.dynamicSmemBytes = 0, first.numAttrs = 1;
-  error = cudaLaunchKernelEx(&first, convert, (const uint8_t*)a, a_stride, (int)m, (int)k, (uint4*)image, chunks, p.counters,
+  first.blockDim = dim3(CONVERTING), first.dynamicSmemBytes = 0, first.numAttrs = 1;
+  error = beside(convert);
+  if (error != cudaSuccess) return error;
+  error = cudaLaunchKernelEx(&first, convert, p, (const uint8_t*)a, a_stride, (int)k, (uint4*)image, image_bytes / 16,
                              counters);
   if (error != cudaSuccess) return error;
-  config.gridDim = dim3(p.deal.workers * CLUSTER);
   return cudaLaunchKernelEx(&config, gemm, p, (const uint8_t*)image);
 }

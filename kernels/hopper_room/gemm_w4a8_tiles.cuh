@@ -23,6 +23,8 @@ constexpr int CHUNK_BYTES = (CHUNK < 16 ? 16 : CHUNK) * 128;
 constexpr int RASTER = 4;         // token tiles that are neighbours in time
 constexpr int MOST_BLOCKS = 144;  // of threads that work at once: no device of compute capability 9.0 has more multiprocessors
 constexpr int SLOT = 64 * TOKENS;  // sums of a band in a slot
+constexpr int PIECES = TOKENS < 32 ? TOKENS / 8 : 4;                 // float4 of a slot that a thread asks for at a time,
+constexpr int AT_ONCE = TOKENS <= 16 ? 4 : TOKENS <= 32 ? 2 : 1;  // and of how many slots
 
 struct Problem {
   const uint8_t* weights;
@@ -82,6 +84,19 @@ DEVICE const uint8_t* packed(const Problem& p, const Tile& tile, int band, int k
   return p.weights + (((long long)tile.expert * p.n_blocks + block) * p.k_blocks + k) * BLOCK_BYTES;
 }
 
+// The first `left` blocks of 128 k that a worker multiplies, of one band, into the L2 cache. It is no read: what is written
+// meanwhile is written there, too. There are no experts.
+DEVICE void prefetch_weights(const Problem& p, int worker, int rank, int band, int left) {
+  Tiles tiles(p, rank);
+  Tile tile;
+  for (schedule::Walk walk(p.deal, worker); left > 0 && tiles.find(walk.tile, tile); walk.next()) {
+    const schedule::Segment segment = walk.segment();
+    const int blocks = min(left, segment.end - segment.begin);
+    sm90::prefetch_bulk(packed(p, tile, band, segment.begin), blocks * BLOCK_BYTES);
+    left -= blocks;
+  }
+}
+
 // Shared memory of the epilogue ----------------------------------------------------------------------------------------------
 
 constexpr int AT_SCALES = BANDS * CHUNK_BYTES;
@@ -95,43 +110,85 @@ struct Area {  // EPILOGUE_BYTES at a multiple of 128
 
 // Sums of several workers ------------------------------------------------------------------------------------------------------
 
+// One more. What the threads stored that met at a barrier before is there for whoever counts later, and what those stored that
+// counted earlier is there for the threads that meet at a barrier behind it: both through `store_device` and `load_device`.
+DEVICE unsigned count_up(unsigned* counter) {
+  unsigned before;
+  asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], %2;" : "=r"(before) : "l"(counter), "r"(1u) : "memory");
+  return before;
+}
+
+// The sums of a thread in the slots of a tile that is cut. `tile`: its index; place: of a band among those of a worker.
+struct Slots {
+  const Problem& p;
+  float4* start;
+  int tile, place, first, last;
+  DEVICE Slots(const Problem& problem, int tile_here, int rank, int band, int thread) : p(problem), tile(tile_here) {
+    place = rank * BANDS + band, first = p.deal.first(tile), last = p.deal.last(tile);
+    start = reinterpret_cast<float4*>(p.slots) + (long long)place * (SLOT / 4) + thread;
+  }
+  DEVICE float4* of(int worker) const {
+    return start + (long long)p.deal.slot(worker, worker == first) * (CLUSTER * BANDS * (SLOT / 4));
+  }
+  DEVICE void store(int worker, const float (&sums)[SUMS]) const {
+    float4* const mine = of(worker);
+#pragma unroll
+    for (int j = 0; j < TOKENS / 8; ++j) {
+      sm90::store_device(mine + 128 * j, make_float4(sums[4 * j], sums[4 * j + 1], sums[4 * j + 2], sums[4 * j + 3]));
+    }
+  }
+  // One thread calls it, after all of the band stored. True for the last to come.
+  DEVICE bool count() const { return count_up(p.counters + tile * (CLUSTER * BANDS) + place) == (unsigned)(last - first); }
+  // The sums of the whole tile, added in ascending order of k.
+  DEVICE void add(float (&sums)[SUMS]) const {
+    const float4* const there = of(first);
+#pragma unroll
+    for (int j = 0; j < TOKENS / 8; ++j) {
+      const float4 part = sm90::load_device(there + 128 * j);
+      sums[4 * j] = part.x, sums[4 * j + 1] = part.y, sums[4 * j + 2] = part.z, sums[4 * j + 3] = part.w;
+    }
+#pragma unroll 1
+    for (int next = first + 1; next <= last; next += AT_ONCE) {
+#pragma unroll
+      for (int piece = 0; piece < TOKENS / 8; piece += PIECES) {
+        float4 parts[AT_ONCE][PIECES];
+#pragma unroll
+        for (int i = 0; i < AT_ONCE; ++i) {
+          const float4* const from = of(next + i);
+#pragma unroll
+          for (int j = 0; j < PIECES; ++j) {
+            if (next + i <= last) parts[i][j] = sm90::load_device(from + 128 * (piece + j));
+          }
+        }
+#pragma unroll
+        for (int i = 0; i < AT_ONCE; ++i) {
+          if (next + i > last) continue;
+#pragma unroll
+          for (int j = 0; j < PIECES; ++j) {
+            const float4& part = parts[i][j];
+            float* const sum = sums + 4 * (piece + j);
+            sum[0] = __fadd_rn(sum[0], part.x), sum[1] = __fadd_rn(sum[1], part.y);
+            sum[2] = __fadd_rn(sum[2], part.z), sum[3] = __fadd_rn(sum[3], part.w);
+          }
+        }
+      }
+    }
+  }
+};
+
 // Hands in a warpgroup's sums over a segment of a tile that is cut. True for the last to come: its sums are then those of the
 // whole tile. All 128 threads of a band call it; it uses barrier 1 + band.
 DEVICE bool settle(const Problem& p, const schedule::Segment& segment, const Area& area, int worker, int rank, int band,
                    int thread, float (&sums)[SUMS]) {
   using namespace sm90;
-  const schedule::Deal& deal = p.deal;
-  const int first = deal.first(segment.tile), last = deal.last(segment.tile), place = rank * BANDS + band;
-  float4* const slots = reinterpret_cast<float4*>(p.slots) + (long long)place * (SLOT / 4) + thread;
-  const int step = CLUSTER * BANDS * (SLOT / 4);
-  float4* const mine = slots + (long long)deal.slot(worker, worker == first) * step;
-#pragma unroll
-  for (int j = 0; j < TOKENS / 8; ++j) {
-    store_device(mine + 128 * j, make_float4(sums[4 * j], sums[4 * j + 1], sums[4 * j + 2], sums[4 * j + 3]));
-  }
-  __threadfence();
+  const Slots slots(p, segment.tile, rank, band, thread);
+  slots.store(worker, sums);
   sync_threads(1 + band, 128);
   volatile unsigned* const came = reinterpret_cast<volatile unsigned*>(area.memory + AT_LAST) + band;
-  if (thread == 0) *came = atomicAdd(p.counters + segment.tile * (CLUSTER * BANDS) + place, 1u);
+  if (thread == 0) *came = slots.count();
   sync_threads(1 + band, 128);
-  if (*came != (unsigned)(last - first)) return false;
-  __threadfence();
-  const float4* there = slots + (long long)deal.slot(first, true) * step;
-#pragma unroll
-  for (int j = 0; j < TOKENS / 8; ++j) {
-    const float4 part = load_device(there + 128 * j);
-    sums[4 * j] = part.x, sums[4 * j + 1] = part.y, sums[4 * j + 2] = part.z, sums[4 * j + 3] = part.w;
-  }
-#pragma unroll 1
-  for (int next = first + 1; next <= last; ++next) {
-    there = slots + (long long)deal.slot(next, false) * step;
-#pragma unroll
-    for (int j = 0; j < TOKENS / 8; ++j) {
-      const float4 part = load_device(there + 128 * j);
-      sums[4 * j] = __fadd_rn(sums[4 * j], part.x), sums[4 * j + 1] = __fadd_rn(sums[4 * j + 1], part.y);
-      sums[4 * j + 2] = __fadd_rn(sums[4 * j + 2], part.z), sums[4 * j + 3] = __fadd_rn(sums[4 * j + 3], part.w);
-    }
-  }
+  if (*came == 0) return false;
+  slots.add(sums);
   return true;
 }
 
@@ -161,12 +218,34 @@ DEVICE void prefetch_factors(const Problem& p, const Tile& tile, int band, int t
   if (n < p.n && p.bias != nullptr) sm90::prefetch_line(p.bias + at);
 }
 
+// Of the two rows of W of a thread; the tokens' scales lie in shared memory, for the band.
+struct Factors {
+  float channel[2], bias[2];
+};
+
+// Ahead of `settle`, so that they are on their way meanwhile. All 128 threads of a band call it; what `store` did last is a
+// barrier of theirs, and it waits at one before it reads.
+DEVICE Factors load_factors(const Problem& p, const Tile& tile, const Area& area, int band, int thread) {
+  float* scales = reinterpret_cast<float*>(area.memory + AT_SCALES) + band * TOKENS;
+  const int valid = min(TOKENS, tile.count - tile.token);
+  Factors factors;
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    const int n = (tile.block + band) * 64 + 16 * (thread / 32) + thread % 32 / 4 + 8 * h;
+    const long long at = (long long)tile.expert * p.n + n;
+    factors.channel[h] = n < p.n ? p.channel_scale[at] : 0.0f;
+    factors.bias[h] = n < p.n && p.bias != nullptr ? widen(p.bias[at], p.half) : 0.0f;
+  }
+  for (int i = thread; i < TOKENS; i += 128) scales[i] = i < valid ? p.token_scale[tile.row + tile.token + i] : 0.0f;
+  return factors;
+}
+
 // Scales, bias and cast, then rows of D through shared memory, 16 bytes at a time where D allows it. All 128 threads of a band
 // call it; it uses barrier 1 + band. `split`: of SPLITS, whose groups of eight tokens are stored.
-DEVICE void store(const Problem& p, const Tile& tile, const Area& area, int split, int band, int thread,
+DEVICE void store(const Problem& p, const Tile& tile, const Area& area, int split, int band, int thread, const Factors& factors,
                   const float (&sums)[SUMS]) {
   using namespace sm90;
-  float* scales = reinterpret_cast<float*>(area.memory + AT_SCALES) + band * TOKENS;
+  const float* scales = reinterpret_cast<const float*>(area.memory + AT_SCALES) + band * TOKENS;
   const int warp = thread / 32, lane = thread % 32;
   const int base = (tile.block + band) * 64;
   const long long row = tile.row + tile.token;
@@ -175,15 +254,6 @@ DEVICE void store(const Problem& p, const Tile& tile, const Area& area, int spli
   const uint8_t* staged = area.memory + band * CHUNK_BYTES;
   const int matrix = lane / 8, to_token = matrix / 2 * 8 + lane % 8;
   const uint32_t to = out + to_token * 128 + (((2 * warp + matrix % 2) ^ (lane % 8)) << 4);
-  float channel[2], bias[2];  // of the two rows of a thread
-#pragma unroll
-  for (int h = 0; h < 2; ++h) {
-    const int n = base + 16 * warp + lane / 4 + 8 * h;
-    const long long at = (long long)tile.expert * p.n + n;
-    channel[h] = n < p.n ? p.channel_scale[at] : 0.0f;
-    bias[h] = n < p.n && p.bias != nullptr ? widen(p.bias[at], p.half) : 0.0f;
-  }
-  for (int i = thread; i < TOKENS; i += 128) scales[i] = i < valid ? p.token_scale[row + i] : 0.0f;
   sync_threads(1 + band, 128);
 #pragma unroll
   for (int chunk = 0; chunk < TOKENS; chunk += CHUNK) {
@@ -202,9 +272,9 @@ DEVICE void store(const Problem& p, const Tile& tile, const Area& area, int spli
         const int at = (4 * eight + 2 * h) % SUMS;
         float x = __fmul_rn(sums[at], token.x), y = __fmul_rn(sums[at + 1], token.y);
         if (p.bias != nullptr) {
-          x = __fmaf_rn(x, channel[h], bias[h]), y = __fmaf_rn(y, channel[h], bias[h]);
+          x = __fmaf_rn(x, factors.channel[h], factors.bias[h]), y = __fmaf_rn(y, factors.channel[h], factors.bias[h]);
         } else {
-          x = __fmul_rn(x, channel[h]), y = __fmul_rn(y, channel[h]);
+          x = __fmul_rn(x, factors.channel[h]), y = __fmul_rn(y, factors.channel[h]);
         }
         words[e] = narrow(x, y, p.half);
       }
@@ -228,6 +298,12 @@ DEVICE void store(const Problem& p, const Tile& tile, const Area& area, int spli
     }
     sync_threads(1 + band, 128);
   }
+}
+
+// The same where factors are not on their way yet.
+DEVICE void store(const Problem& p, const Tile& tile, const Area& area, int split, int band, int thread,
+                  const float (&sums)[SUMS]) {
+  store(p, tile, area, split, band, thread, load_factors(p, tile, area, band, thread), sums);
 }
 
 // Host -------------------------------------------------------------------------------------------------------------------------
@@ -265,6 +341,13 @@ inline cudaError_t resident(int* clusters, Kernel kernel, cudaLaunchConfig_t con
   if (*clusters > MOST_BLOCKS / size) *clusters = MOST_BLOCKS / size;
   if (device < 64) known[device] = processors << 10 | *clusters;
   return cudaSuccess;
+}
+
+// Lets blocks of a small kernel run beside blocks that have nearly all of the shared memory of a multiprocessor: what is left for
+// the first-level cache is the same for both, otherwise one would wait until the others are gone.
+template <class Kernel>
+inline cudaError_t beside(Kernel kernel) {
+  return cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
 }
 
 // Who multiplies what: at most `most` workers. Returns the number

@@ -5,9 +5,9 @@
 
 Decides: the expected bits of each tactic: the declared sums by references/cuda_dot on the GPU, scales and bias in binary32, one
 cast. Where blocks of K are dealt out the declaration leaves open where K is cut; here it is worked out, tile by tile, from the
-number of multiprocessors, so that bits are compared there, too. Tactics of gemm_w4a8_f16.py are timed and not checked. Refuses
-nothing: the exit code is 1 where a bit differed or a byte outside the output changed. Needed are torch with CUDA, nvcc and a
-device of compute capability 9.0; `lowbit` may be a folder of links.
+number of multiprocessors, so that bits are compared there, too; and so is which sixteen k an instruction of binary16 takes, for
+the tactics of gemm_w4a8_f16.py. Refuses nothing: the exit code is 1 where a bit differed or a byte outside the output changed.
+Needed are torch with CUDA, nvcc and a device of compute capability 9.0; `lowbit` may be a folder of links.
 """
 
 from __future__ import annotations
@@ -19,20 +19,22 @@ import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from lowbit.kernels.hopper_room import gemm_w4a8 as room
 from lowbit.kernels.hopper_room import gemm_w4a8_f16 as half_precision
-from lowbit.kernels.hopper_room.build import build_all
+from lowbit.kernels.hopper_room.build import Unit, build_all
 from lowbit.references.cuda_dot import emulate_tiles
 from lowbit.references.datapaths import DATAPATHS
 from lowbit.references.encodings import folded_weight
-from lowbit.references.formats import E4M3FN
+from lowbit.references.formats import E4M3FN, F16
 
-PATH = DATAPATHS["hopper_wgmma_fp8"]
+PATH, HALF_PATH = DATAPATHS["hopper_wgmma_fp8"], DATAPATHS["hopper_f16"]
+# of 32 k, in the order of two binary16 instructions: a thread's pairs are nibbles sixteen bits apart of a packed word
+ORDER = [4 * c + j + 16 * upper for j in range(4) for c in range(4) for upper in range(2)]
 INTEGER_CODES = (0x00, 0x38, 0x40, 0x44, 0x48, 0x4A, 0x4C, 0x4E, 0xD0, 0xCE, 0xCC, 0xCA, 0xC8, 0xC4, 0xC0, 0xB8)
 SEED = (  # M, N, K of the seed's test
     (1, 128, 128), (1, 512, 1024), (1, 4096, 4096), (1, 8192, 28672), (13, 8192, 4096), (26, 4096, 8192), (64, 4096, 4096),
@@ -87,11 +89,28 @@ def ends_of(variant: str, k: int, group: int, splits: int) -> tuple[int, ...]:
     return tuple(min(k, start + part) for start in range(0, k, part))
 
 
-def cuts(tactic: room.Tactic, m: int, n: int, k: int, processors: int) -> Iterator[tuple[slice, slice, tuple[int, ...]]]:
-    """(rows, columns, where parts of K end) of every tile of a tactic that deals out blocks of 128 k, unit by unit."""
-    height, blocks = 64 * tactic.bands * tactic.stream, -(-k // 128)
-    across, down = -(-n // height), -(-m // tactic.tokens)
-    tiles, most = across * down, processors // tactic.stream
+class Dealt(NamedTuple):
+    """A tactic that deals out blocks of 128 k: tiles of `height` rows of W by `tokens` of A, `blocks` of threads in a worker."""
+
+    tokens: int
+    height: int
+    blocks: int
+
+
+def dealt_of(name: str) -> Dealt | None:
+    """None where K is cut in the same way for every tile."""
+    if name in half_precision.TACTICS:
+        half = half_precision.TACTICS[name]
+        return Dealt(half.tokens, 256 * half.cluster, half.cluster)
+    tactic = room.TACTICS[name]
+    return Dealt(tactic.tokens, 64 * tactic.bands * tactic.stream, tactic.stream) if tactic.stream else None
+
+
+def cuts(dealt: Dealt, m: int, n: int, k: int, processors: int) -> Iterator[tuple[slice, slice, tuple[int, ...]]]:
+    """(rows, columns, where parts of K end) of every tile, counted unit by unit."""
+    height, tokens, blocks = dealt.height, dealt.tokens, -(-k // 128)
+    across, down = -(-n // height), -(-m // tokens)
+    tiles, most = across * down, processors // dealt.blocks
     workers = min(most, tiles * max(1, blocks // 4))
     rest = tiles % workers
     cut = 0 if rest == 0 else min(tiles, rest + workers)
@@ -104,49 +123,59 @@ def cuts(tactic: room.Tactic, m: int, n: int, k: int, processors: int) -> Iterat
                 own = owner[index * blocks : (index + 1) * blocks] if index < cut else [0] * blocks
                 ends = [128 * i for i in range(1, blocks) if own[i] != own[i - 1]]
                 index += 1
-                yield (slice(row * tactic.tokens, min(m, (row + 1) * tactic.tokens)),
+                yield (slice(row * tokens, min(m, (row + 1) * tokens)),
                        slice(column * height, min(n, (column + 1) * height)), (*ends, k))
 
 
-def dealt(
-    case: dict[str, torch.Tensor], variant: str, group: int, tactic: room.Tactic, n: int, few: torch.Tensor,
-    products: torch.Tensor,
+def tile_by_tile(
+    case: dict[str, torch.Tensor], unit: str, group: int, dealt: Dealt, n: int, few: torch.Tensor, products: torch.Tensor,
 ) -> torch.Tensor:
-    """The sum over K in binary32 [M, columns of `few`], tile by tile; `case` has the rows of W that `few` names."""
+    """The sum over K in binary32 [M, columns of `few`]; `case` has the rows of W that `few` names."""
     m, k = case["a"].shape
     processors = torch.cuda.get_device_properties(0).multi_processor_count
     found = torch.full((m, len(few)), float("nan"), device="cuda")
-    for rows, columns, ends in cuts(tactic, m, n, k, processors):
+    for rows, columns, ends in cuts(dealt, m, n, k, processors):
         mine = ((few >= columns.start) & (few < columns.stop)).nonzero().flatten()
         if len(mine):
             part = {"a": case["a"][rows], "q": case["q"][mine], "scale": case["scale"][mine]}
-            found[rows, mine] = sums(part, variant, group, ends, products)
+            found[rows, mine] = sums(part, unit, group, ends, products)
     return found
 
 
+def groups_of(a: torch.Tensor, q: torch.Tensor, group: int, half: bool) -> torch.Tensor:
+    """Sums of groups in binary32 [K / group, M, N], codes of A [M, K] by codes of int4 [N, K], in e4m3 or in binary16."""
+    if half:
+        values = torch.tensor([(code ^ 8) - 8 for code in range(16)], dtype=torch.float16, device=a.device)
+        place = torch.tensor(ORDER, device=a.device)
+        place = (torch.arange(0, a.shape[1], 32, device=a.device)[:, None] + place).flatten()
+        left, right = a.view(torch.float8_e4m3fn).half()[:, place].view(torch.int16), values[q.long()][:, place].view(torch.int16)
+    else:
+        left, right = a, torch.tensor(INTEGER_CODES, dtype=torch.uint8, device=a.device)[q.long()]
+    count = a.shape[1] // group
+    left, right = (x.reshape(x.shape[0], count, group).transpose(0, 1).contiguous() for x in (left, right))
+    path, form = (HALF_PATH, F16) if half else (PATH, E4M3FN)
+    return emulate_tiles(left, right, path, (form, form)).view(torch.float32)
+
+
 def sums(
-    case: dict[str, torch.Tensor], variant: str, group: int, ends: tuple[int, ...], products: torch.Tensor
+    case: dict[str, torch.Tensor], unit: str, group: int, ends: tuple[int, ...], products: torch.Tensor
 ) -> torch.Tensor:
-    """The declared sum over K in binary32 [M, N], in parts of K that end at `ends`."""
+    """The declared sum over K in binary32 [M, N], in parts of K that end at `ends`. unit: folded; exact: a sum per group in e4m3;
+    half: a sum per group in binary16."""
     a, q, scale = case["a"], case["q"], case["scale"]
     total = None
     for start, stop in zip((0, *ends), ends, strict=False):
         here = slice(start, stop)
-        if variant == "folded":
+        if unit == "folded":
             w = products[scale.long().repeat_interleave(group, 1)[:, here], q[:, here].long()]
             codes = emulate_tiles(a[None, :, here].contiguous(), w[None].contiguous(), PATH, (E4M3FN, E4M3FN))
             value = codes[0].view(torch.float32)
         else:
-            w = torch.tensor(INTEGER_CODES, dtype=torch.uint8, device="cuda")[q[:, here].long()]
-            count = w.shape[1] // group
-            left, right = (
-                x.view(x.shape[0], count, group).transpose(0, 1).contiguous() for x in (a[:, here].contiguous(), w)
-            )
-            parts = emulate_tiles(left, right, PATH, (E4M3FN, E4M3FN)).view(torch.float32)
-            factors = scale[:, start // group : start // group + count].view(torch.float8_e4m3fn).double()
-            value = torch.zeros(a.shape[0], q.shape[0], device="cuda")
-            for g in range(count):  # a product is exact in binary64; a sum of more than 53 bits, which is rare, is rounded twice
-                value = (parts[g].double() * factors[None, :, g] + value.double()).float()
+            parts = groups_of(a[:, here].contiguous(), q[:, here], group, unit == "half")
+            factors = scale[:, start // group : start // group + len(parts)].view(torch.float8_e4m3fn).double()
+            value = torch.zeros(a.shape[0], q.shape[0], device=a.device)
+            for g, part in enumerate(parts):  # exact in binary64; a sum of more than 53 bits, which is rare, is rounded twice
+                value = (part.double() * factors[None, :, g] + value.double()).float()
         total = value if total is None else total + value
     assert total is not None
     return total
@@ -177,7 +206,7 @@ def problems() -> Iterator[tuple[int, int, int, int, str]]:
         yield m, n, k, 128, "plain"
 
 
-def check(report: dict[str, Any]) -> int:
+def check(report: dict[str, Any], wanted: tuple[str, ...]) -> int:
     generator = torch.Generator("cuda").manual_seed(5)
     products, wrong, rows = table_of_products(), 0, []
     for m, n, k, group, kind in problems():
@@ -188,14 +217,15 @@ def check(report: dict[str, Any]) -> int:
         sample = {**case, "q": case["q"][few], "scale": case["scale"][few]}
         for variant in ("folded", "exact"):
             known: dict[Any, torch.Tensor] = {}
-            for name, tactic in room.TACTICS.items():
+            for name in wanted or (*room.TACTICS, *half_precision.TACTICS):
                 if not room.takes(name, variant, m, k, group, False):
                     continue
-                ends = ends_of(variant, k, group, tactic.parts)
-                key = name if tactic.stream else ends
+                dealt = dealt_of(name)
+                key = name if dealt else ends_of(variant, k, group, room.TACTICS[name].parts)
                 if key not in known:
-                    known[key] = (dealt(sample, variant, group, tactic, n, few, products) if tactic.stream else
-                                  sums(sample, variant, group, ends, products))
+                    unit = "half" if name in half_precision.TACTICS else variant
+                    known[key] = (tile_by_tile(sample, unit, group, dealt, n, few, products) if dealt else
+                                  sums(sample, unit, group, key, products))
                 for dtype, bias in ((torch.bfloat16, False), (torch.float16, True)):
                     pad = 8 if bias else 3
                     whole = torch.full((m + 1, n + pad), float("nan"), dtype=dtype, device="cuda")
@@ -325,6 +355,15 @@ def fits(tokens: int, m: int) -> bool:
     return min(near, 64) <= tokens <= max(16, 2 * near)
 
 
+def units_of(wanted: tuple[str, ...]) -> tuple[Unit, ...]:
+    """Libraries of some tactics, and of packing; no name: all."""
+    half = [half_precision.defines(half_precision.TACTICS[name], group) for name in wanted if name in half_precision.TACTICS
+            for group in (64, 128)]
+    other = [room.defines(room.TACTICS[name], variant, group) for name in wanted if name in room.TACTICS
+             for variant in ("folded", "exact") for group in (64, 128)]
+    return tuple(unit for unit in room.UNITS if not wanted or not unit[1] or unit[1] in half + other)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("--out", required=True)
@@ -332,21 +371,22 @@ def main() -> int:
     parser.add_argument("--bench", action="store_true")
     parser.add_argument("--shapes", default="0,1,2,3")
     parser.add_argument("--ms", default="1,16,32,64,128,256,512,1024,4096")
-    parser.add_argument("--tactics", default="")
+    parser.add_argument("--tactics", default="", help="names, with commas between; none: all, and products with experts")
     parser.add_argument("--variants", default="folded,exact")
     parser.add_argument("--seconds", type=float, default=120.0)
     chosen = parser.parse_args()
     begun = time.time()
-    build_all(room.UNITS, workers=16)
-    print(f"built {len(room.UNITS)} libraries in {time.time() - begun:.1f} s", flush=True)
+    wanted = tuple(name for name in chosen.tactics.split(",") if name)
+    units = units_of(wanted)
+    build_all(units, workers=16)
+    print(f"built {len(units)} libraries in {time.time() - begun:.1f} s", flush=True)
     report: dict[str, Any] = {"device": torch.cuda.get_device_name(), "torch": torch.__version__}
     wrong = 0
     try:
         if chosen.check:
-            wrong = check(report) + check_grouped(report)
+            wrong = check(report, wanted) + (0 if wanted else check_grouped(report))
             print(f"checked after {time.time() - begun:.1f} s", flush=True)
         if chosen.bench:
-            wanted = tuple(name for name in chosen.tactics.split(",") if name)
             shapes = tuple(TABLE[int(i)] for i in chosen.shapes.split(","))
             ms, variants = tuple(map(int, chosen.ms.split(","))), tuple(chosen.variants.split(","))
             until = time.time() + chosen.seconds

@@ -15,6 +15,7 @@ from __future__ import annotations
 import ctypes
 import shutil
 import sys
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -104,6 +105,7 @@ class Machine:
     seed: int = 1
     processors: int = 4
     patches: tuple[tuple[str, str], ...] = field(default=())
+    ahead: bool = False  # work ahead on the stream writes A and the weights, and uses the workspace
 
 
 @cache
@@ -131,12 +133,22 @@ def run(tactic: str, group: int, given: Operands, machine: Machine, missing: int
     around = aligned(np.full((m, n + 16), 0xABCD, dtype=np.uint16))
     memory = aligned(np.full(room.workspace(tactic, n, k) - missing, 0xFF, dtype=np.uint8))
     emulated.settings(machine.copies, machine.products, machine.seed, machine.processors)
-    answer = kernel(tactic, group, machine.processors, machine.patches)(
-        a.ctypes.data, a.shape[1], weights.ctypes.data, token.ctypes.data, channel.ctypes.data,
-        None if bias is None else bias.ctypes.data, around.ctypes.data + 2 * given.alignment, n + 16, memory.ctypes.data,
-        memory.nbytes, m, n, k, int(given.half), None,
-    )
-    emulated.finish()
+    final = [(array, array.copy()) for array in (a, weights)]
+
+    def work() -> None:
+        memory[...] = 0x55
+        for array, content in final:
+            array[...] = content
+
+    if machine.ahead:
+        a[...], weights[...] = 0x7F, 0xEE
+    with emulated.after(work) if machine.ahead else nullcontext():
+        answer = kernel(tactic, group, machine.processors, machine.patches)(
+            a.ctypes.data, a.shape[1], weights.ctypes.data, token.ctypes.data, channel.ctypes.data,
+            None if bias is None else bias.ctypes.data, around.ctypes.data + 2 * given.alignment, n + 16, memory.ctypes.data,
+            memory.nbytes, m, n, k, int(given.half), None,
+        )
+        emulated.finish()
     inside = slice(given.alignment, given.alignment + n)
     assert (np.delete(around, np.r_[inside], axis=1) == 0xABCD).all()
     return answer, around[:, inside].copy().view(form), memory
@@ -255,7 +267,8 @@ def test_sums_that_round_nowhere_are_those_of_integers(tactic: str, group: int) 
         m = int(rng.integers(1, room.TACTICS[tactic].tokens + 1))
         given, total = exact(rng, m, n, -(-k // group) * group, group)
         copies, products = events[number % len(events)]
-        machine = Machine(copies, products, int(rng.integers(1000)), max(processors, room.TACTICS[tactic].cluster))
+        processors = max(processors, room.TACTICS[tactic].cluster)
+        machine = Machine(copies, products, int(rng.integers(1000)), processors, ahead=number % 2 == 1)
         got = product(tactic, group, given, machine)
         assert np.array_equal(got.astype(np.float64), rounded(total, got.dtype)), (m, n, k, processors)
 
@@ -332,16 +345,20 @@ DEFECTS = {
                                  "chunk = (int)(index % 8) ^ token % 8, j = chunk % 4 ^ 1;"),
     "no swizzle": ("chunk = (int)(index % 8) ^ token % 8,", "chunk = (int)(index % 8),"),
     "the scales of two rows exchanged": ("j / 2 % 2 ? factor.y : factor.x", "j / 2 % 2 ? factor.x : factor.y"),
-    "activations before their kernel ends": ("copy_weights(ahead, shared, filled, once);\n  launch_wait();",
-                                             "copy_weights(ahead, shared, filled, once);"),
-    "a stage given up while products read it": ("expand(words, first);\n    }\n    wgmma_wait<0>();\n",
-                                                "expand(words, first);\n    }\n"),
+    "activations before their kernel ends": ("  Ring ring;\n  launch_wait();\n", "  Ring ring;\n"),
+    "a stage given up while products read it": ("    wgmma_wait<0>();\n    release(reader, stage);\n",
+                                                "    release(reader, stage);\n    wgmma_wait<0>();\n"),
     "a fragment overwritten while products read it": ("      wgmma_wait<1>();\n      expand(words, first);",
                                                       "      expand(words, first);"),
+    "a stage read before it came": ("    if (--blocks > 0) {\n      wait(reader.barriers + 8 * ring.stage, ring.phase);\n",
+                                    "    if (--blocks > 0) {\n"),
     "a stage never given up": ("if (reader.lane == 0) sm90::arrive(", "if (false) sm90::arrive("),
-    "a stage filled again at once": ("    wait(shared + AT_BARRIERS + 8 * (STAGES + ring.stage), ring.phase);\n", ""),
-    "counters left as they are": ("counters[i] = 0;", ";"),
+    "a stage filled again at once": ("    wait(shared + AT_BARRIERS + 8 * (STAGES + ring.stage), ring.phase ^ 1);\n", ""),
+    "counters left as they are": ("p.counters[i] = 0;", ";"),
     "sums of parts stored as they are": ("segment.whole(p.k_blocks) || settle(", "true || settle("),
+    "the image before the work ahead": ("  sm90::launch_wait();  // what the kernel before wrote or still reads\n", ""),
+    "sums handed in to another's slot": ("thread).store(worker, sums);\n        arrive(",
+                                         "thread).store(worker + 1, sums);\n        arrive("),
     "half the tile's k": ("b + TILE_BYTES / 32, GROUP == 128", "b, GROUP == 128"),
 }
 
@@ -356,6 +373,24 @@ CLUSTERED = {
 }
 
 
+IN_TURN = ("plan(p, workers, image", "plan(p, 3, image")  # work for three on a machine that holds one at a time
+LEFT = {
+    "a tile left to nobody": ("if (*later.last != 0)", "if (*later.last == 2)"),
+    "parts of a tile that are not added": ("Slots(p, taken, rank, band, thread).add(sums);", ";"),
+}
+
+
+@pytest.mark.parametrize("tactic", [name for name, tactic in room.TACTICS.items() if tactic.tokens <= 16])
+def test_who_takes_a_tile_over_may_come_last(tactic: str) -> None:
+    """Two tiles cut in three: the second worker's first part is the last of its tile where workers run one after the other."""
+    given, total = exact(np.random.default_rng(2), 7, 512, 4096, 128)
+    right = []
+    for patches in ((IN_TURN,), *((IN_TURN, each) for each in LEFT.values())):
+        got = product(tactic, 128, given, Machine(EITHER, EITHER, 3, 1, patches))
+        right.append(np.array_equal(got.astype(np.float64), rounded(total, got.dtype)))
+    assert right == [True, *(False for _ in LEFT)]
+
+
 @pytest.mark.parametrize("defect", [*DEFECTS, *CLUSTERED])
 def test_a_planted_defect_is_found(defect: str) -> None:
     """By wrong sums, or by the machine, in one of the orders of events."""
@@ -364,7 +399,8 @@ def test_a_planted_defect_is_found(defect: str) -> None:
     found = False
     for copies, products, seed in ((EARLY, LATE, 1), (LATE, EARLY, 2), (EITHER, EITHER, 3), (EARLY, LATE, 4), (LATE, LATE, 9)):
         try:
-            got = product(tactic, 128, given, Machine(copies, products, seed, 2, ({**DEFECTS, **CLUSTERED}[defect],)))
+            machine = Machine(copies, products, seed, 2, ({**DEFECTS, **CLUSTERED}[defect],), "ahead" in defect)
+            got = product(tactic, 128, given, machine)
         except emulated.MachineError:
             found = True
         else:

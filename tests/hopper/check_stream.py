@@ -187,13 +187,14 @@ def test_scratch_memory_that_is_too_small_launches_nothing() -> None:
 W4, TILES, SCHEDULE = "gemm_w4a8.cu", "gemm_w4a8_tiles.cuh", "gemm_w4a8_schedule.cuh"
 DEFECTS: dict[str, tuple[Patches, str, tuple[str, str]]] = {
     "last_too_early": (
-        {TILES: [("if (*came != (unsigned)(last - first))", "if (*came != (unsigned)(last - first - 1))")]}, "one", EARLY_LATE,
+        {TILES: [("place) == (unsigned)(last - first);", "place) == (unsigned)(last - first - 1);")]}, "one", EARLY_LATE,
     ),
     "counters_not_zeroed": ({W4: [("  if (counters > 0) {", "  if (counters > 99) {")]}, "one", EARLY_LATE),
     "zeroed_before_the_work_ahead": ({W4: [("  sm90::launch_wait();\n  for (int i", "  for (int i")]}, "one", EARLY_LATE),
-    "slot_of_another": ({TILES: [("deal.slot(next, false)", "deal.slot(next, true)")]}, "one", EARLY_LATE),
-    "descending": ({TILES: [("for (int next = first + 1; next <= last; ++next)", "for (int next = last; next > first; --next)")]},
-                   "parts", EARLY_LATE),
+    "slot_of_another": ({TILES: [("from = of(next + i);", "from = of(next + i - 1);")]}, "one", EARLY_LATE),
+    "descending": (
+        {TILES: [("from = of(next + i);", "from = of(first + 1 + last - next - i);")]}, "parts", EARLY_LATE,
+    ),
     "a_unit_twice": (
         {SCHEDULE: [("left -= done.end - done.begin, begin", "left -= done.end - done.begin - 1, begin")]}, "one", EARLY_LATE,
     ),
@@ -246,7 +247,7 @@ def _defect_case(kind: str) -> tuple[str, dict[str, np.ndarray], int, int, torch
         given = cancelling()
         return "256x64_s2", given, 64, 10, emulated_bits(given, "folded", 64, ends_of(1, 2560, 5, 0))
     name, m, n, k, processors = {
-        "one": ("256x8_s1", 8, 512, 1152, 3), "long": ("256x8_s1", 8, 8, 3072, 1), "pair": ("256x64_s2", 64, 512, 2560, 2),
+        "one": ("256x8_s1", 8, 512, 1152, 3), "long": ("256x8_s1", 8, 8, 6144, 1), "pair": ("256x64_s2", 64, 512, 2560, 2),
     }[kind]
     given = operands(m, n, k, 128, 11, small=True)
     return name, given, 128, processors, exactly(given, 128)
