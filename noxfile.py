@@ -26,7 +26,7 @@ nox.options.sessions = ["lint", "typecheck", "tests"]
 ROOMS = ("references", "conformance", "kernels", "golden")
 TARGETS = {  # target -> extras that its backends need in this release
     "cpu": "[fast]",
-    "cuda": "[blackwell,hopper,triton]",
+    "cuda": "[fast,blackwell,hopper,triton]",
     "ascend": "",
     "rocm": "[rocm]",
     "xpu": "[xpu]",
@@ -97,13 +97,13 @@ def run(
     session.run(beside or program, *arguments, env=dict(env), success_codes=codes)
 
 
-def certify(session: nox.Session) -> None:
+def certify(session: nox.Session, *options: str) -> None:
     """Certify every backend of the target that the session is named after; the report goes to reports/TARGET."""
     target = session.name
     device = target == "cuda" and NVIDIA.is_dir()
     install(session, f".{TARGETS[target]}" if device or target != "cuda" else ".", device=device)
     selection = [target] if target == "cpu" else ["--target", target]
-    run(session, "lowbit", "certify", *selection, "--level", "L2", "--out", f"reports/{target}", *session.posargs)
+    run(session, "lowbit", "certify", *selection, "--level", "L2", "--out", f"reports/{target}", *options, *session.posargs)
 
 
 @nox.session
@@ -114,11 +114,14 @@ def cpu(session: nox.Session) -> None:
 
 @nox.session
 def cuda(session: nox.Session) -> None:
-    """Certify the NVIDIA backends, or say in one sentence what is missing."""
-    if NVIDIA.is_dir():
-        install(session, f".{TARGETS['cuda']}", device=True)
-        run(session, "python", "-m", "lowbit.kernels.cuda_hopper", "--build", codes=(0, 1))  # no case then waits for a compiler
-    certify(session)
+    """Certify the NVIDIA backends with as many processes as there are processors but two, or say in one sentence what is missing;
+    `-- --jobs N` for another number."""
+    if not NVIDIA.is_dir():
+        certify(session)
+        return
+    install(session, f".{TARGETS['cuda']}", device=True)
+    run(session, "python", "-m", "lowbit.kernels.cuda_hopper", "--build", codes=(0, 1))  # no case then waits for a compiler
+    certify(session, "--jobs", str(max(1, len(os.sched_getaffinity(0)) - 2)))
 
 
 @nox.session

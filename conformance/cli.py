@@ -276,6 +276,7 @@ def certify(
         bool, typer.Option("--require-device", help="Fail unless every claimed op ran on the device.")
     ] = False,
     resume: Annotated[bool, typer.Option(help="Keep the verdicts of a killed run in --out.")] = False,
+    jobs: Annotated[int, typer.Option(min=1, help="Processes side by side, each with a part of the list.")] = 1,
     strength: Annotated[Path | None, typer.Option(help="Figures of `lowbit mutants --json` to show in the report.")] = None,
     json_path: JsonOption = None,
 ) -> None:
@@ -287,6 +288,8 @@ def certify(
         raise Stop(ExitCode.USAGE, "certify needs a backend, for example `lowbit certify cpu`, or --target")
     if backend and target:
         raise Stop(ExitCode.USAGE, f"certify got a backend, {backend}, and --target {target}: expected one of the two")
+    if jobs > 1 and _shard(shard) != (1, 1):
+        raise Stop(ExitCode.USAGE, f"certify got --jobs {jobs} and --shard {shard}: expected one of the two")
     names = (backend,) if backend else _for_target(target)
     plans = [
         run.Plan(
@@ -300,7 +303,7 @@ def certify(
         _names(op)
     figures, ends = [], []
     for plan in plans:
-        result = _certified(plan, out / plan.backend if len(plans) > 1 else out, level, resume, power)
+        result = _certified(plan, out / plan.backend if len(plans) > 1 else out, level, resume, power, jobs)
         figures.append(_figures(result))
         try:
             _end(result, require_device)
@@ -311,34 +314,44 @@ def certify(
         raise Stop(min(end.code for end in ends), "; ".join(end.message for end in ends if end.message))
 
 
-def _certified(plan: Any, out: Path, level: str, resume: bool, power: reports.Strength | None) -> reports.Report:
+def _certified(
+    plan: Any, out: Path, level: str, resume: bool, power: reports.Strength | None, jobs: int
+) -> reports.Report:
     """Run one plan with its progress, and write the three reports into `out`."""
-    from . import html, junit, run
+    from . import html, junit, run, shards
 
     reports.prepare_folder(out)
     partial = out / "verdicts.jsonl"
     done = reports.load_partial(partial) if resume and partial.exists() else ()
     progress: dict[str, Any] = {}
+    told: set[str] = set()
 
-    def start(total: int, session: Any) -> None:
-        marks = run.marks_of(plan, session)
+    def start(total: int, name: str, marks: Mapping[str, object]) -> None:
         if resume and partial.exists():
             reports.check_partial(partial, marks)
         else:
             reports.begin_partial(partial, marks)
-        progress["context"] = _progress(total, f"certify {session.name} {level}")
+        progress["context"] = _progress(total, f"certify {name} {level}")
         progress["step"] = progress["context"].__enter__()
 
     def verdict(found: Verdict) -> None:
         reports.append_verdict(partial, found)
-        if progress.get("case") != found.case:  # one step for all tactics of a case
-            progress["case"] = found.case
+        if found.case not in told:  # one step for all tactics of a case
+            told.add(found.case)
             progress["step"](found.case.split("/")[0])
         if found.status in FAILING:
             _show(found)
 
+    def alone(total: int, session: Any) -> None:
+        start(total, session.name, shards.marks_of_run(plan, session, 1))
+
     try:
-        result = run.certify(plan, on_start=start, on_verdict=verdict, done=done, strength=power)
+        if jobs > 1:
+            result = shards.certify_side_by_side(plan, jobs, on_start=start, on_verdict=verdict, done=done, strength=power)
+        else:
+            result = run.certify(plan, on_start=alone, on_verdict=verdict, done=done, strength=power)
+    except shards.ShardError as error:
+        raise Stop(ExitCode.INTERRUPTED, str(error)) from error
     finally:
         if "context" in progress:
             progress["context"].__exit__(None, None, None)

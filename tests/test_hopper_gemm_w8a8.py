@@ -38,9 +38,15 @@ def problem(text: str) -> Problem:
 
 
 def test_a_tactic_names_its_macros() -> None:
-    assert defines_of("fast_m128n256w2") == {"W8A8_TM": 128, "W8A8_TN": 256, "W8A8_SUMS": 0, "W8A8_CLUSTER": 2}
-    assert defines_of("promoted_m128n128") == {"W8A8_TM": 128, "W8A8_TN": 128, "W8A8_SUMS": 1, "W8A8_CLUSTER": 1}
-    assert defines_of("block_m64n32") == {"W8A8_TM": 64, "W8A8_TN": 32, "W8A8_SUMS": 2, "W8A8_CLUSTER": 1}
+    assert defines_of("fast_m128n256w2") == {
+        "W8A8_TM": 128, "W8A8_TN": 256, "W8A8_SUMS": 0, "W8A8_CLUSTER": 2, "KERNEL": "gemm_w8a8_fp8_fast_m128n256w2",
+    }
+    assert defines_of("promoted_m128n128") == {
+        "W8A8_TM": 128, "W8A8_TN": 128, "W8A8_SUMS": 1, "W8A8_CLUSTER": 1, "KERNEL": "gemm_w8a8_fp8_promoted_m128n128",
+    }
+    assert defines_of("block_m64n32") == {
+        "W8A8_TM": 64, "W8A8_TN": 32, "W8A8_SUMS": 2, "W8A8_CLUSTER": 1, "KERNEL": "gemm_w8a8_fp8_block_m64n32",
+    }
 
 
 @pytest.mark.parametrize("name", ["", "default", "fast", "fast_m64n40", "promoted_m128n256", "block_m128n256w2", "fast_m64n96w2"])

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -123,6 +124,20 @@ def test_the_must_pass_list_cuts_tiles_by_every_tactic_that_can(programs: dict[s
         dealt = {name for name, tactic in gemm_w4a8.TACTICS.items() if tactic.stream}
         exact = {name for name in dealt if gemm_w4a8.takes(name, "exact", 8, 1024, 64, False)}
         assert found == {"folded": dealt, "exact": exact | set(gemm_w4a8_f16.TACTICS)}
+
+
+def test_the_must_pass_list_walks_from_tile_to_tile(programs: dict[str, ModuleType]) -> None:
+    """More tiles than the 132 multiprocessors of an H200, by tactics that take the problem."""
+    for text, named in programs["hopper_must_pass"].WALKS:
+        problem = parse_case(text, ops()).problem
+        assert str(parse_case(text, ops())) == text
+        tactics = cuda_hopper.modules()[problem.op].tactics(problem)
+        assert set(named) <= set(tactics)
+        for tactic in named or tactics[:1]:
+            height = re.match(r"(\d+)x|(?:fast|promoted|block)_m\d+n(\d+)", tactic)
+            assert height, tactic
+            width = int(height[1] or height[2]) * (2 if tactic.endswith("f16x2") else 1)
+            assert -(-problem.dim("n") // width) > (66 if tactic.endswith("f16x2") else 132), tactic
 
 
 @pytest.mark.parametrize("name", NAMES)

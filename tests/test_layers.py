@@ -53,7 +53,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "lowbit.conformance.bench_figures", "lowbit.conformance.bench_kernels", "lowbit.conformance.bundle",
         "lowbit.conformance.evals", "lowbit.conformance.evals.*", "lowbit.conformance.explain",
         "lowbit.conformance.html", "lowbit.conformance.junit", "lowbit.conformance.mutants", "lowbit.conformance.plugin",
-        "lowbit.conformance.reduce", "lowbit.conformance.strategies", "lowbit.conformance.survey",
+        "lowbit.conformance.reduce", "lowbit.conformance.shards", "lowbit.conformance.strategies", "lowbit.conformance.survey",
         "lowbit.golden", "lowbit.golden.*",
     ),
     ("lowbit.conformance", "lowbit.conformance.cli", "lowbit.conformance.suite", "lowbit.conformance.suite.*"),

@@ -20,6 +20,10 @@
 #endif
 #include "gemm_w4a8_tiles.cuh"
 
+#ifndef KERNEL  // the name of the instance, which profilers show
+#define KERNEL gemm_w4a8
+#endif
+
 namespace {
 
 constexpr int TILE_BYTES = TOKENS * 128;  // 128 k of the activations
@@ -278,7 +282,7 @@ DEVICE void multiply(uint32_t shared, const uint8_t* memory, const Crew& crew, i
   expand(words.front, table, table, crew.half_word, first);
   for (int left = blocks; left > 0; --left) {
     const uint64_t b = crew.tokens(shared, at.stage);
-    const int next = ahead.stage;  // behind the last block: read and not used
+    const int next = left > 1 ? ahead.stage : at.stage;  // behind the last block its own again: the next may be being filled
     const uint32_t scales = words.scales;
     issue(part, first, b, 0);
     if (AHEAD) words.load_front(memory, crew, next);
@@ -322,7 +326,7 @@ DEVICE void multiply(uint32_t shared, const uint8_t* memory, const Crew& crew, i
   int held = 0;  // the stage before, which products in flight may still read
   for (int left = blocks; left > 0; --left) {
     const uint64_t b = crew.tokens(shared, at.stage);
-    const int next = ahead.stage;  // behind the last block: read and not used
+    const int next = left > 1 ? ahead.stage : at.stage;  // behind the last block its own again: the next may be being filled
     wgmma_wait<1>();  // the first half of the block before is done: its registers are free
     expand(words.front, upper, lower, crew.half_word, first);
     issue(sums, first, b, left < blocks);
@@ -396,7 +400,7 @@ DEVICE void reduce(uint32_t shared, const uint8_t* memory, const Place& here, co
   if (owned > 0 && thread < SPLITS) arrive_remote(taken, thread);
 }
 
-__global__ void __launch_bounds__(THREADS, 1) gemm(const __grid_constant__ Problem p, const __grid_constant__ CUtensorMap map) {
+__global__ void __launch_bounds__(THREADS, 1) KERNEL(const __grid_constant__ Problem p, const __grid_constant__ CUtensorMap map) {
   using namespace sm90;
   extern __shared__ __align__(1024) uint8_t memory[];
   const uint32_t shared = address(memory);
@@ -497,7 +501,7 @@ extern "C" int lowbit_gemm_w4a8(const void* a, long long a_stride, const void* w
                                 const void* channel_scale, const void* bias, void* d, long long d_stride, const void* counts,
                                 long long m, long long n, long long k, long long experts, int half, void* workspace,
                                 long long workspace_bytes, void* stream) {
-  cudaError_t error = cudaFuncSetAttribute(gemm, cudaFuncAttributeMaxDynamicSharedMemorySize, SHARED_BYTES);
+  cudaError_t error = cudaFuncSetAttribute(KERNEL, cudaFuncAttributeMaxDynamicSharedMemorySize, SHARED_BYTES);
   if (error != cudaSuccess) return error;
   CUtensorMap map;
   error = lowbit_map_bytes(&map, a, m, k, a_stride, TOKENS / CLUSTER);
@@ -512,7 +516,7 @@ extern "C" int lowbit_gemm_w4a8(const void* a, long long a_stride, const void* w
   config.blockDim = dim3(THREADS), config.dynamicSmemBytes = SHARED_BYTES, config.stream = (cudaStream_t)stream;
   config.attrs = attributes, config.numAttrs = 1 + OVERLAP;
   int most = 0;
-  error = resident(&most, gemm, config, BLOCKS);
+  error = resident(&most, KERNEL, config, BLOCKS);
   if (error != cudaSuccess) return error;
   if (STREAM && counts != nullptr) return cudaErrorInvalidValue;
   const int counters = plan(p, most, workspace, workspace_bytes);
@@ -527,5 +531,5 @@ extern "C" int lowbit_gemm_w4a8(const void* a, long long a_stride, const void* w
   }
 #endif
   config.gridDim = dim3((unsigned)(p.deal.workers * BLOCKS));
-  return cudaLaunchKernelEx(&config, gemm, p, map);
+  return cudaLaunchKernelEx(&config, KERNEL, p, map);
 }

@@ -89,7 +89,8 @@ TACTICS: dict[str, Tactic] = {
     for tactic in (
         Tactic(16, 2), Tactic(16, 2, halves=2), Tactic(16, 2, splits=2), Tactic(32, 2), Tactic(32, 2, halves=2),
         Tactic(32, 2, splits=2), Tactic(64, 2), Tactic(64, 2, halves=2), Tactic(128, 2), Tactic(128, 3), Tactic(256, 2),
-        Tactic(256, 2, splits=2), Tactic(8, 4, stream=1), Tactic(16, 4, stream=1), Tactic(32, 4, stream=1),
+        Tactic(256, 2, splits=2), Tactic(8, 2, stream=1), Tactic(8, 4, stream=1), Tactic(16, 2, stream=1),
+        Tactic(16, 4, stream=1), Tactic(32, 2, stream=1), Tactic(32, 4, stream=1), Tactic(64, 2, stream=1),
         Tactic(64, 4, stream=1), Tactic(64, 4, stream=2), Tactic(128, 2, stream=1), Tactic(128, 2, stream=2),
         Tactic(128, 4, stream=1), Tactic(128, 4, stream=2), Tactic(256, 2, stream=1), Tactic(256, 2, stream=2),
     )
@@ -120,6 +121,7 @@ def defines(tactic: Tactic, variant: str, group: int) -> dict[str, str | int]:
         "EXACT": int(_exact(variant)), "GROUP": group, "TOKENS": tactic.tokens, "BANDS": tactic.bands, "HALVES": tactic.halves,
         "SPLITS": tactic.splits, "CLUSTER": max(1, tactic.stream), "STREAM": int(tactic.stream > 0),
         "STAGES": stages(tactic, variant, group),
+        "KERNEL": f"gemm_w4a8_{variant}_{tactic.name}_g{group}",
     }
 
 

@@ -70,7 +70,8 @@ TACTICS: dict[str, Tactic] = {
 
 def defines(tactic: Tactic, group: int) -> dict[str, str | int]:
     """Macros of one instance."""
-    return {"GROUP": group, "TOKENS": tactic.tokens, "BANDS": _BANDS, "SPLITS": 1, "CLUSTER": tactic.cluster, "STREAM": 1}
+    return {"GROUP": group, "TOKENS": tactic.tokens, "BANDS": _BANDS, "SPLITS": 1, "CLUSTER": tactic.cluster, "STREAM": 1,
+            "KERNEL": f"gemm_w4a8_{_VARIANT}_{tactic.name}_g{group}"}
 
 
 UNITS: tuple[Unit, ...] = tuple((_SOURCE, defines(tactic, group), ()) for group in _GROUPS for tactic in TACTICS.values())

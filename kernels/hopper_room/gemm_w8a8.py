@@ -76,10 +76,11 @@ def _parts(tactic: str) -> tuple[str, int, int, int]:
     return found[1], int(found[2]), int(found[3]), 2 if found[4] else 1
 
 
-def defines_of(tactic: str) -> dict[str, int]:
+def defines_of(tactic: str) -> dict[str, str | int]:
     """The macros of a tactic's instance. Raises ValueError for a name that is none."""
     sums, rows, columns, cluster = _parts(tactic)
-    return {"W8A8_TM": rows, "W8A8_TN": columns, "W8A8_SUMS": _SUMS[sums], "W8A8_CLUSTER": cluster}
+    return {"W8A8_TM": rows, "W8A8_TN": columns, "W8A8_SUMS": _SUMS[sums], "W8A8_CLUSTER": cluster,
+            "KERNEL": f"gemm_w8a8_fp8_{tactic}"}
 
 
 UNITS: tuple[Unit, ...] = tuple(
