@@ -314,14 +314,21 @@ def test_sizes_are_taken_up_to_the_bound() -> None:
     assert room.unsupported(problem("gemm_w4a8_fp8/folded/m2147483391n64k128g128/bf16")) is None
 
 
-def test_the_docstring_says_when_parts_of_k_follow_m() -> None:
-    """exact is always one part; folded is two for M of 33 to 64, and of 257 to 512 up to 12,288 x 12,288."""
-    for n, k, ms in ((12288, 12288, {*range(33, 65), *range(257, 513)}), (12296, 12288, {*range(33, 65)})):
-        for m in range(1, 1100):
-            assert room.TACTICS[room.dispatch("exact", m, n, k, 128)].parts == 1
-            assert room.TACTICS[room.dispatch("folded", m, n, k, 128)].parts == (2 if m in ms else 1), (m, n, k)
-    said = " ".join((room.gemm_w4a8_fp8.__doc__ or "").split())
-    assert "in two: for M of 33 to 64, and of 257 to 512 with N and K of at most 12,288" in said
+def test_the_docstring_says_whose_bits_follow_m() -> None:
+    """What is dispatched cuts K by M; `_k1x1` takes every M, and its declaration knows no M."""
+    assert "As dispatched the bits of a row depend on M" in " ".join((room.gemm_w4a8_fp8.__doc__ or "").split())
+    for variant in ("folded", "exact"):
+        cut = {
+            room.declaration(problem(f"gemm_w4a8_fp8/{variant}/m{m}n12288k12288g128/bf16"), name)
+            for m in (8, 256, 1024, 4096) for name in (room.dispatch(variant, m, 12288, 12288, 128),)
+        }
+        assert len(cut) > 1
+        whole = {
+            room.declaration(problem(f"gemm_w4a8_fp8/{variant}/m{m}n12288k12288g128/bf16"), "128x128_k1x1")
+            for m in (1, 8, 256, 1024, 4096)
+        }
+        assert len(whole) == 1
+        assert all(declaration.batch_invariant for declaration in whole)
 
 
 def test_the_signature_is_the_source_s() -> None:
@@ -334,7 +341,7 @@ def test_the_signature_is_the_source_s() -> None:
 def test_table_covers_every_shape_and_follows_its_sweep() -> None:
     """Every shape has a tactic that takes it; on the shapes of the sweep none was more than 3 % faster."""
     kept = json.loads((ROOM / "gemm_w4a8_tactics.json").read_text(encoding="utf-8"))
-    assert {row["tactic"] for row in (*kept["rows"], *kept["sweep"])} <= set(room.TACTICS)
+    assert {row["tactic"] for row in (*kept["rows"], *kept["sweep"])} <= {*room.TACTICS, *room.half_precision.TACTICS}
     times: dict[tuple[str, int, int, int], dict[str, float]] = {}
     for row in kept["sweep"]:
         times.setdefault((row["variant"], row["m"], row["n"], row["k"]), {})[row["tactic"]] = row["us"]
@@ -544,7 +551,7 @@ def test_what_a_launch_is_given(text: str, monkeypatch: pytest.MonkeyPatch) -> N
             memory = torch.zeros((spec.shape[0], spec.shape[1] + 3), dtype=torch.int16)[:, : spec.shape[1]]
         views[spec.name] = TensorView(
             spec.name, spec.format, spec.shape, tuple(memory.stride()), spec.role, "", memory.data_ptr(), memory)
-    tactic = room.tactics(found)[0]
+    tactic = next(name for name in room.tactics(found) if name.endswith("_k1x1"))
     by_role = {role: {k: v for k, v in views.items() if v.role is role} for role in (Role.CONSTANT, Role.ACTIVATION, Role.OUTPUT)}
     state = room.prepare(found, tactic, by_role[Role.CONSTANT])
     inputs = room.stage(found, tactic, by_role[Role.ACTIVATION])
@@ -607,4 +614,4 @@ def test_no_rows_launch_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(room, "launch", lambda *_: pytest.fail("a launch of no rows"))
     given = case_of(m=0)
     said = room.gemm_w4a8_fp8(given["a"], packed_of(given), given["token"], given["channel"], given["out"])
-    assert said == "gemm_w4a8_folded_128x16_k1x1 (nothing to launch)"
+    assert said == "gemm_w4a8_folded_128x8_s1 (nothing to launch)"

@@ -52,14 +52,14 @@ static_assert(CLUSTER == 1 || (PARTS == 1 && TOKENS % (8 * CLUSTER) == 0), "bloc
 static_assert(!STREAM || PARTS == 1, "K is cut in one way");
 
 // Eight weights of a word to e4m3: low holds k = 0 to 3 of the thread, high those 16 further. table: bytes of 0 to 7, of -8 to
-// -1. half: 2^16, which the compiler does not know. Where the matrix unit is to be busy all the time, words are shifted by
-// rotations, which the compiler leaves what they are. Integer products, which it makes of shifts as well, hold up the unit: on an
-// H200, 128 k of a tile of 128 x 256 took 1191 clocks with them and take 1040 without, of which the unit needs 1024. Where
-// weights come at the memory's pace, a shift would run where nearly all of this runs, and a product runs elsewhere.
+// -1. half: 2^16, which the compiler does not know. From 64 tokens on words are shifted by rotations, which the compiler leaves
+// what they are. Integer products, which it makes of shifts as well, hold up the matrix unit: on an H200, 128 k of a tile of
+// 128 x 256 took 1191 clocks with them and take 1040 without, of which the unit needs 1024. Below, where weights come at the
+// memory's pace, a shift would run where nearly all of this runs, and a product runs elsewhere.
 DEVICE void expand(uint32_t word, const uint4& table, uint32_t half, uint32_t& low, uint32_t& high) {
   const uint32_t places = word & 0x77777777u;
   uint32_t shifted, second, mask, next, positive, negative;  // masks: bytes of ones where the value is not negative
-  if (TOKENS >= 128) {
+  if (TOKENS >= 64) {
     asm("shf.r.wrap.b32 %0, %1, %1, 28;" : "=r"(shifted) : "r"(word));  // four to the left; nobody reads the lowest four
     asm("shf.r.wrap.b32 %0, %1, %1, 16;" : "=r"(second) : "r"(places));
   } else {
@@ -357,16 +357,23 @@ DEVICE void multiply(uint32_t shared, const uint8_t* memory, const Crew& crew, i
 
 // Every warpgroup sends its sums of eight tokens to the block that stores them; there the first half of the band adds up those
 // of all parts of K in ascending order. Its own stay in `sums`, which gets the totals.
-DEVICE void reduce(uint32_t shared, const uint8_t* memory, const Place& here, const Crew& crew, uint32_t phase, int thread,
+DEVICE void reduce(uint32_t shared, uint8_t* memory, const Place& here, const Crew& crew, uint32_t phase, int thread,
                    float (&sums)[SUMS]) {
   using namespace sm90;
   const uint32_t ready = shared + AT_BARRIERS + 16 * STAGES + 16 * crew.band, taken = ready + 8;
   const int at = AT_SUMS + crew.band * (PARTS - 1) * SENT, mine = here.split * HALVES + crew.half;
   const int owned = (TOKENS / 8 - here.split + SPLITS - 1) / SPLITS;
-  if (crew.half == 0 && thread == 0) arrive_expect(ready, (PARTS - 1) * owned * 2048);
+  if (SPLITS > 1 && crew.half == 0 && thread == 0) arrive_expect(ready, (PARTS - 1) * owned * 2048);
   wait(taken, phase ^ 1);  // what was sent for the tile before is read
+  if (SPLITS == 1 && crew.half != 0) {  // within the block
+    float4* const to = reinterpret_cast<float4*>(memory + at + (mine - 1) * SENT) + thread;
 #pragma unroll
-  for (int s = 0; s < SPLITS; ++s) {
+    for (int j = 0; j < TOKENS / 8; ++j) to[128 * j] = make_float4(sums[4 * j], sums[4 * j + 1], sums[4 * j + 2], sums[4 * j + 3]);
+    arrive(ready);
+    return;
+  }
+#pragma unroll
+  for (int s = 0; s < (SPLITS > 1 ? SPLITS : 0); ++s) {
     if (mine == s * HALVES) continue;
     const uint32_t barrier = place_in(ready, s);
     const uint32_t to = place_in(shared + at + (mine - (mine > s * HALVES)) * SENT + 16 * thread, s);
@@ -397,7 +404,11 @@ DEVICE void reduce(uint32_t shared, const uint8_t* memory, const Place& here, co
     sums[4 * j] = total.x, sums[4 * j + 1] = total.y, sums[4 * j + 2] = total.z, sums[4 * j + 3] = total.w;
   }
   sync_threads(1 + crew.band, 128);
-  if (owned > 0 && thread < SPLITS) arrive_remote(taken, thread);
+  if (SPLITS == 1) {
+    if (thread == 0) arrive(taken);
+  } else if (owned > 0 && thread < SPLITS) {
+    arrive_remote(taken, thread);
+  }
 }
 
 __global__ void __launch_bounds__(THREADS, 1) KERNEL(const __grid_constant__ Problem p, const __grid_constant__ CUtensorMap map) {
@@ -415,7 +426,7 @@ __global__ void __launch_bounds__(THREADS, 1) KERNEL(const __grid_constant__ Pro
       barrier_init(shared + AT_BARRIERS + 8 * (STAGES + i), 4 * WARPGROUPS * CLUSTER);
     }
     for (int i = 0; i < BANDS; ++i) {
-      barrier_init(shared + AT_BARRIERS + 8 * (2 * STAGES + 2 * i), 1);
+      barrier_init(shared + AT_BARRIERS + 8 * (2 * STAGES + 2 * i), SPLITS > 1 || HALVES == 1 ? 1 : 128 * (HALVES - 1));
       barrier_init(shared + AT_BARRIERS + 8 * (2 * STAGES + 2 * i + 1), min(SPLITS, TOKENS / 8));
     }
     barrier_init_fence();

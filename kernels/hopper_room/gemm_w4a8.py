@@ -351,10 +351,9 @@ def gemm_w4a8_fp8(
     uint8 of `workspace_bytes` or more, None: allocated where the tactic needs any, by torch, for the stream. `stream`: a torch
     stream, None: the current one. Raises ValueError before anything runs.
 
-    A tactic by name gives a row the same bits whatever M is, unless it deals out blocks of K (`Tactic.stream`). As dispatched,
-    `exact` does too: it sums K in one part. `folded` does not: the table dispatches by M (M / E with experts), and K is summed in
-    one part or, where it can be cut, in two: for M of 33 to 64, and of 257 to 512 with N and K of at most 12,288. Where bits must
-    not depend on the batch, name such a tactic.
+    A tactic by name gives a row the same bits whatever M is, unless it deals out blocks of K by M (`_s1`, `_s2`). As dispatched
+    the bits of a row depend on M, in both variants: the table chooses by M (M / E with experts), and tactics cut K in different
+    places. Where bits must not depend on the batch, name a tactic that never cuts K, `_k1x1`.
     """
     torch = _torch()
     n, experts = weights.n, weights.experts
