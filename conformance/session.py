@@ -470,7 +470,7 @@ class Session:
 
     def _execute(self, op: Op, tactic: str, item: Listed) -> Callable[[Problem, Operands, Variation], Outcome]:
         """Run the backend on other operands or under another variation, for properties and stability. Raises Refused for a
-        problem other than the case's own that the backend does not support."""
+        problem other than the case's own that the backend does not support, or not by this tactic (BCK-4)."""
         known: dict[Problem, str | Fault | None] = {item.case.problem: None}
 
         def execute(problem: Problem, operands: Operands, variation: Variation) -> Outcome:
@@ -481,6 +481,8 @@ class Session:
                 return Outcome(support.ending, f"supports() failed for {problem}: {support.reason}", log=support.log)
             if support is not None:
                 raise Refused(f"the relation needs {problem}: {support}")
+            if problem != item.case.problem and tactic not in self.tactics(problem):
+                raise Refused(f"the relation needs {problem}: tactics() does not name {tactic} for it")
             specs = tensors_of(op, problem)
             return self.worker.execute(
                 problem, tactic, operands, specs, variation, label=str(item.case), timeout=self.plan.timeout

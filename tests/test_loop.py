@@ -192,3 +192,40 @@ def test_state_that_leaks_between_calls_is_seen(tmp_path: Path) -> None:
     assert leaky.status is Status.DRIFT
     assert leaky.reason.startswith("after gemm_int4/")
     assert leaky.clause == "STA-1"
+
+
+PARTS = '''
+from lowbit.kernels.cpu import Cpu
+
+class Parts:
+    """A tactic that cuts K in two, where K is long enough, and would wait without end for a part that is empty."""
+
+    name, target = "parts", "cpu"
+
+    def __init__(self):
+        self.honest = Cpu()
+        for method in ("supports", "prepare", "stage"):
+            setattr(self, method, getattr(self.honest, method))
+
+    def tactics(self, problem):
+        return ("whole", "halves") if problem.dim("k") >= 256 else ("whole",)
+
+    def declare(self, problem, tactic):
+        return self.honest.declare(problem, "default")
+
+    def run(self, problem, tactic, state, inputs, outputs, workspace, stream):
+        assert tactic in self.tactics(problem), "a part that is empty"
+        return self.honest.run(problem, "default", state, inputs, outputs, workspace, stream)
+'''
+
+
+def test_a_tactic_runs_on_no_problem_for_which_it_is_not_named(tmp_path: Path) -> None:
+    """BCK-4: each half of K is too short to be cut once more."""
+    file = tmp_path / "parts.py"
+    file.write_text(PARTS)
+    found = run_one("gemm_w4a8_fp8_grouped/exact/e5m3n168k256g128/f16.bias/prop_kshards/s4", f"python:{file}:Parts")
+    whole, halves = (next(verdict for verdict in found if verdict.tactic == name) for name in ("whole", "halves"))
+    assert whole.status is Status.EXACT
+    assert halves.status is Status.UNSUPPORTED
+    assert "k128g128" in halves.reason
+    assert halves.reason.endswith("tactics() does not name halves for it")

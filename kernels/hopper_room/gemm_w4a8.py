@@ -460,7 +460,10 @@ def run(
     problem: Problem, tactic: str, state: Constants, inputs: Mapping[str, Any], outputs: Mapping[str, TensorView],
     workspace: TensorView | None, stream: Any,
 ) -> str:
-    """Launch the tactic on the stream and return the kernel's name."""
+    """Launch the tactic on the stream and return the kernel's name. Raises ValueError for a tactic that `tactics` does not name:
+    a part of K that is empty would be waited for without end."""
+    if not takes(tactic, problem.variant, problem.dim("m"), problem.dim("k"), problem.dim("g"), problem.op == OPS[1]):
+        raise ValueError(f"got tactic {tactic} for {problem}, expected one of tactics(problem): {', '.join(tactics(problem))}")
     return _launch(
         inputs["a"], state.weights, inputs["token_scale"], state.channel_scale, state.bias, outputs["d"].memory,
         inputs.get("counts"), problem.variant, tactic, problem.option("out") == "f16",

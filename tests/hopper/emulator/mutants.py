@@ -117,7 +117,7 @@ MUTANTS: dict[str, Mutant] = {
         {_W4: (
             ("  wait(ready, phase);\n", ""),
         )},
-        _FOLDED, "128x16_k1x2@late-early-s1-p2", "bits|more than",
+        _FOLDED, "128x16_k1x2@late-early-s1-p2", "bits|more than|deadlock",
     ),
     "swizzle_of_staging": Mutant(
         {_TILES: (
