@@ -15,8 +15,9 @@ from lowbit.conformance import report
 from lowbit.conformance.case import Problem
 from lowbit.conformance.exit_codes import ExitCode
 from lowbit.conformance.ops import NAMES, ops
-from lowbit.conformance.run import Plan, Session, certify, listed_cases, listed_of, marks_of, misselected
+from lowbit.conformance.run import Plan, Session, certify, listed_cases, listed_of, misselected
 from lowbit.conformance.selection import Listed, audit_list, case_list, claim_cases, class_lanes, class_of, is_claim, shard
+from lowbit.conformance.shards import marks_of_run
 from lowbit.conformance.verdict import FAILING, Status
 from lowbit.conformance.worker import Worker
 
@@ -195,7 +196,7 @@ def test_verdicts_of_another_kernel_are_not_resumed(inside: Command, acme: dict[
     with Worker(plan.backend) as worker:
         session = Session(plan, worker)
         session.open()
-        report.begin_partial(partial, marks_of(plan, session))
+        report.begin_partial(partial, marks_of_run(plan, session, 1))
     arguments = ("certify", plan.backend, "--ops", "gemm_w4a8_int8", "--per-op", 1, "--level", "L1", "--out", "out", "--resume")
     file.write_text(source + "# another kernel\n")
     done = inside(*arguments)
