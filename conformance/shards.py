@@ -12,6 +12,7 @@ import os
 import pickle
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from multiprocessing.connection import Connection, wait
 from typing import Any
@@ -35,6 +36,22 @@ class ShardError(RuntimeError):
 def marks_of_run(plan: Plan, session: Session, jobs: int) -> dict[str, object]:
     """`run.marks_of` of a run in `jobs` processes: resumed under another number, it would not know which cases are in doubt."""
     return {**marks_of(plan, session), "shard": [1, 1] if jobs > 1 else list(plan.shard), "jobs": jobs}
+
+
+_THREADS = ("NUMBA_NUM_THREADS", "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
+
+
+@contextmanager
+def _share_of_threads(jobs: int) -> Iterator[None]:
+    """Processes started inside take their share of the processors, no more: libraries read these variables once, at import, and
+    each would take all. What the user has set stays."""
+    given = [name for name in _THREADS if name not in os.environ]
+    os.environ.update(dict.fromkeys(given, str(max(1, (os.cpu_count() or 1) // jobs))))
+    try:
+        yield
+    finally:
+        for name in given:
+            os.environ.pop(name, None)
 
 
 def _with_the_caller(link: Connection) -> None:
@@ -116,7 +133,8 @@ def certify_side_by_side(
             ours, theirs = context.Pipe()
             given = (replace(plan, shard=(index, jobs)), jobs, reached, strength, theirs)
             process = context.Process(target=_judge, args=given, name=f"lowbit shard {index}/{jobs}", daemon=True)
-            process.start()
+            with _share_of_threads(jobs):
+                process.start()
             theirs.close()
             processes.append(process)
             links[ours] = (index, jobs)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sysconfig
@@ -43,6 +44,14 @@ class Sleeper(Killer):
     def declare(self, problem, tactic):
         pathlib.Path(__file__).with_name(f"asked-{os.getpid()}").touch()
         time.sleep(600)
+
+class Counting(Killer):
+    """Writes down how many threads its process may take, and supports nothing."""
+    name = "counting"
+    def supports(self, problem):
+        path = pathlib.Path(__file__).with_name(f"threads-{os.getpid()}")
+        path.write_text(" ".join(os.environ[name] for name in ("NUMBA_NUM_THREADS", "OMP_NUM_THREADS")))
+        return "it counts"
 '''
 
 
@@ -163,3 +172,15 @@ def test_the_command_writes_one_report(tmp_path: Path) -> None:
     )
     assert both.returncode == ExitCode.USAGE
     assert "expected one of the two" in both.stderr
+
+
+def test_each_process_takes_its_share_of_the_processors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the user has set stays, and the caller's own variables are as before."""
+    monkeypatch.setattr(os, "cpu_count", lambda: 12)
+    monkeypatch.delenv("NUMBA_NUM_THREADS", raising=False)
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    (tmp_path / "odd.py").write_text(ODD)
+    before = dict(os.environ)
+    certify_side_by_side(replace(PLAN, backend=f"python:{tmp_path / 'odd.py'}:Counting"), 2)
+    assert dict(os.environ) == before
+    assert {path.read_text() for path in tmp_path.glob("threads-*")} == {"6 7"}
