@@ -212,7 +212,7 @@ def blackwell(session: nox.Session) -> None:
 def hopper(session: nox.Session) -> None:
     """Compile the Hopper kernels with nvcc, ahead of time and without a device, and assert on the instructions that came out.
     Run them on an emulated machine."""
-    install(session, ".[fast,torch]", TORCH, "pytest>=8.2", "pytest-xdist>=3.6", *NVCC)
+    install(session, ".[fast,torch]", TORCH, "ml_dtypes>=0.5", "pytest>=8.2", "pytest-xdist>=3.6", *NVCC)
     checks = (f"tests/hopper/check_{name}.py" for name in ("emulated", "compile", "gemm_f16", "stream"))
     run(session, "pytest", "-n", "2", "--dist", "loadfile", *checks, *session.posargs)
 

@@ -143,7 +143,8 @@ def finer(declaration: Declaration, found: Fingerprint) -> Gain | None:
         words.append("sums to nearest, truncation declared")
     length = _exact(found.segment)
     carried = bits or path.output_bits
-    if length and not _segment(main) and not (main.steps or main.cuts) and carried < main.running.precision:
+    cut = bool(main.steps) or any(len(one.ends) > 1 for one in main.cuts)
+    if length and not _segment(main) and not cut and carried < main.running.precision:
         segment = length
         words.append(f"promotion every {length} of K, none declared")
     shorter = path.family is Family.FUSED and found.chunk.bound in ("exact", "at most")

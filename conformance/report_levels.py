@@ -17,7 +17,7 @@ from .backend import NOT_EXECUTED
 from .power import blind, power_of, supplied
 from .report_records import AS_CONTRACT, JUDGED, LEVELS, Claim, Failure, Level, LevelResult, OpCounts, Run, Totals
 from .selection import DRAWN_LANES, LEAST, PER_OP, REPEATS, class_lanes
-from .verdict import FAILING, PASSING, Execution, Status, Verdict
+from .verdict import FAILING, NOT_NAMED, PASSING, Execution, Status, Verdict
 
 __all__ = [
     "claims_of", "computed", "counted", "counts_of", "failures_of", "granted", "op_of", "power_of", "sentence", "shortened",
@@ -175,7 +175,21 @@ def _refusals(
         elif level.number == 1 and not judged:
             reasons.append(f"{op}: no case was judged in any lane of this level")
         reasons += _gaps(level, op, group, classes.get(op, ()))
+        for relation in sorted(_unnamed(group)):
+            reasons.append(f"{op}: {relation} was judged by no tactic; name one for the sizes that the relation needs")
     return reasons
+
+
+def _unnamed(group: Iterable[Verdict]) -> set[str]:
+    """Relations that no tactic was judged by, one of which at least was not named for the sizes that they need (BCK-4)."""
+    refused, judged = set[str](), set[str]()
+    for verdict in group:
+        if verdict.lane == "property":
+            if verdict.status in JUDGED:
+                judged.add(verdict.case.split("/")[4])
+            elif verdict.status is Status.UNSUPPORTED and NOT_NAMED in verdict.reason:
+                refused.add(verdict.case.split("/")[4])
+    return refused - judged
 
 
 def granted(

@@ -28,7 +28,7 @@ from .ops import ops
 from .patterns import draw_operands, lane_of, level_of, rows_probed
 from .selection import PER_OP, REPEATS, Listed
 from .stability import Finding, Refused
-from .verdict import PASSING, Execution, Judgement, Kernel, Status, Verdict, digest_outputs, judge_outputs
+from .verdict import NOT_NAMED, PASSING, Execution, Judgement, Kernel, Status, Verdict, digest_outputs, judge_outputs
 from .worker import Ending, Fault, Outcome, Variation, Worker, WorkerError
 
 __all__ = [
@@ -455,7 +455,8 @@ class Session:
         return self._related(item, tactic, found)
 
     def _stability(self, op: Op, item: Listed, tactic: str, declaration: Declaration) -> Verdict:
-        found = stability.judge_stability(op, item.case, declaration, self._execute(op, tactic, item), self.plan.repeats)
+        run = self._execute(op, tactic, item, others=True)
+        found = stability.judge_stability(op, item.case, declaration, run, self.plan.repeats)
         if isinstance(found, Outcome):
             return self._outcome_verdict(item, tactic, found) or self._verdict(item, tactic, Status.MALFORMED, "no outcome")
         return self._related(item, tactic, found)
@@ -468,9 +469,12 @@ class Session:
             operands=found.operands, kernel=found.kernel,
         )
 
-    def _execute(self, op: Op, tactic: str, item: Listed) -> Callable[[Problem, Operands, Variation], Outcome]:
-        """Run the backend on other operands or under another variation, for properties and stability. Raises Refused for a
-        problem other than the case's own that the backend does not support, or not by this tactic (BCK-4)."""
+    def _execute(
+        self, op: Op, tactic: str, item: Listed, others: bool = False
+    ) -> Callable[[Problem, Operands, Variation], Outcome]:
+        """Run the backend on other operands or under another variation, for properties and stability. A problem other than the
+        case's own, of which `tactic` may not be a name (BCK-4), takes its first tactic where `others` is set: whatever ran
+        between two calls may leak. Raises Refused for one that the backend does not support, or not by this tactic."""
         known: dict[Problem, str | Fault | None] = {item.case.problem: None}
 
         def execute(problem: Problem, operands: Operands, variation: Variation) -> Outcome:
@@ -481,12 +485,17 @@ class Session:
                 return Outcome(support.ending, f"supports() failed for {problem}: {support.reason}", log=support.log)
             if support is not None:
                 raise Refused(f"the relation needs {problem}: {support}")
-            if problem != item.case.problem and tactic not in self.tactics(problem):
-                raise Refused(f"the relation needs {problem}: tactics() does not name {tactic} for it")
+            name = tactic
+            if problem != item.case.problem:
+                try:
+                    named = self.tactics(problem)
+                except WorkerError as error:
+                    return Outcome(error.fault.ending, f"tactics() failed for {problem}: {error}", log=error.fault.log)
+                if tactic not in named and not others:
+                    raise Refused(f"the relation needs {problem}: {NOT_NAMED} {tactic} for it")
+                name = tactic if tactic in named else named[0]
             specs = tensors_of(op, problem)
-            return self.worker.execute(
-                problem, tactic, operands, specs, variation, label=str(item.case), timeout=self.plan.timeout
-            )
+            return self.worker.execute(problem, name, operands, specs, variation, label=str(item.case), timeout=self.plan.timeout)
 
         return execute
 

@@ -46,7 +46,7 @@ def _share_of_threads(jobs: int) -> Iterator[None]:
     """Processes started inside take their share of the processors, no more: libraries read these variables once, at import, and
     each would take all. What the user has set stays."""
     given = [name for name in _THREADS if name not in os.environ]
-    os.environ.update(dict.fromkeys(given, str(max(1, (os.cpu_count() or 1) // jobs))))
+    os.environ.update(dict.fromkeys(given, str(max(1, len(os.sched_getaffinity(0)) // jobs))))
     try:
         yield
     finally:
@@ -58,7 +58,7 @@ def _with_the_caller(link: Connection) -> None:
     """End this process when the caller's has ended, whatever ended it: its side of the pipe is then closed."""
     try:
         link.recv()
-    except EOFError:
+    except (EOFError, OSError):
         os._exit(1)
 
 

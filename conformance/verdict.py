@@ -20,7 +20,7 @@ from lowbit.references.rounding import Overflow, Rounding, encode
 from .op import Expectation, Flag, in_format
 
 __all__ = [
-    "FAILING", "PASSING", "Execution", "Judgement", "Kernel", "Status", "Verdict", "Worst", "digest_outputs",
+    "FAILING", "NOT_NAMED", "PASSING", "Execution", "Judgement", "Kernel", "Status", "Verdict", "Worst", "digest_outputs",
     "judge_outputs",
 ]
 
@@ -42,6 +42,8 @@ class Status(StrEnum):
 
 PASSING = frozenset({Status.EXACT, Status.WITHIN})
 FAILING = frozenset({Status.DRIFT, Status.MALFORMED, Status.RAISED, Status.CRASHED, Status.TIMEOUT, Status.UNTRUSTED})
+NOT_NAMED = "tactics() does not name"
+"""In the reason of a relation that a tactic could not be asked (BCK-4): levels look for it (LVL-3)."""
 
 
 class Execution(StrEnum):

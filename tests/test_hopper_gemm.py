@@ -341,7 +341,7 @@ def test_the_signature_is_the_source_s() -> None:
 def test_table_covers_every_shape_and_follows_its_sweep() -> None:
     """Every shape has a tactic that takes it; on the shapes of the sweep none was more than 3 % faster."""
     kept = json.loads((ROOM / "gemm_w4a8_tactics.json").read_text(encoding="utf-8"))
-    assert {row["tactic"] for row in (*kept["rows"], *kept["sweep"])} <= {*room.TACTICS, *room.half_precision.TACTICS}
+    assert {row["tactic"] for row in (*kept["rows"], *kept["sweep"])} <= {*room.TACTICS, *half_precision.TACTICS}
     times: dict[tuple[str, int, int, int], dict[str, float]] = {}
     for row in kept["sweep"]:
         times.setdefault((row["variant"], row["m"], row["n"], row["k"]), {})[row["tactic"]] = row["us"]

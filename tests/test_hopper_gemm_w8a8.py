@@ -94,7 +94,7 @@ def test_tactics_are_those_of_the_variant_and_each_once() -> None:
 def test_the_dispatched_tile_leaves_few_multiprocessors_idle(shape: str, waves: int) -> None:
     found = problem(f"scaled/{shape}/bf16")
     defines = defines_of(tactics(found)[0])
-    tiles = -(-found.dim("m") // defines["W8A8_TM"]) * -(-found.dim("n") // defines["W8A8_TN"])
+    tiles = -(-found.dim("m") // int(defines["W8A8_TM"])) * -(-found.dim("n") // int(defines["W8A8_TN"]))
     assert -(-tiles // 132) == waves
     assert tiles > 0.95 * 132 * waves
 

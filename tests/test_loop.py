@@ -13,6 +13,7 @@ from lowbit.conformance.case import Case
 from lowbit.conformance.op import DomainError
 from lowbit.conformance.ops import NAMES, ops
 from lowbit.conformance.report import MergeError, merge
+from lowbit.conformance.report_levels import granted
 from lowbit.conformance.run import Plan, certify, listed_cases, listed_of, operands_of, run_one
 from lowbit.conformance.selection import FIXED_GROUPS, case_list, shard
 from lowbit.conformance.verdict import FAILING, Status
@@ -216,16 +217,67 @@ class Parts:
     def run(self, problem, tactic, state, inputs, outputs, workspace, stream):
         assert tactic in self.tactics(problem), "a part that is empty"
         return self.honest.run(problem, "default", state, inputs, outputs, workspace, stream)
+
+class Halves(Parts):
+    """Cuts every K that it takes: no relation over parts of a short K can be asked of it."""
+    def tactics(self, problem):
+        return ("halves",) if problem.dim("k") >= 256 else ("short",)
+
+class Broken(Parts):
+    """Has no word for a short K."""
+    def tactics(self, problem):
+        if problem.dim("k") < 256:
+            raise RuntimeError("no word")
+        return super().tactics(problem)
 '''
+SHARDS = "gemm_w4a8_fp8_grouped/exact/e5m3n168k256g128/f16.bias/prop_kshards/s4"
 
 
 def test_a_tactic_runs_on_no_problem_for_which_it_is_not_named(tmp_path: Path) -> None:
     """BCK-4: each half of K is too short to be cut once more."""
     file = tmp_path / "parts.py"
     file.write_text(PARTS)
-    found = run_one("gemm_w4a8_fp8_grouped/exact/e5m3n168k256g128/f16.bias/prop_kshards/s4", f"python:{file}:Parts")
+    found = run_one(SHARDS, f"python:{file}:Parts")
     whole, halves = (next(verdict for verdict in found if verdict.tactic == name) for name in ("whole", "halves"))
     assert whole.status is Status.EXACT
     assert halves.status is Status.UNSUPPORTED
     assert "k128g128" in halves.reason
     assert halves.reason.endswith("tactics() does not name halves for it")
+
+
+def test_a_relation_that_no_tactic_could_be_asked_refuses_the_level(tmp_path: Path) -> None:
+    """LVL-3: Halves answers for no part of a short K; Parts has another tactic that does."""
+    file = tmp_path / "parts.py"
+    file.write_text(PARTS)
+    for name, refused in (("Parts", False), ("Halves", True)):
+        cases = (SHARDS, SHARDS.replace("prop_kshards", "normal"))
+        found = [verdict for case in cases for verdict in run_one(case, f"python:{file}:{name}")]
+        said = [reason for level in granted(found, {}, 2)[1] for reason in level.reasons]
+        assert ("gemm_w4a8_fp8_grouped: prop_kshards was judged by no tactic; name one for the sizes that the relation needs"
+                in said) == refused
+
+
+def test_a_backend_whose_tactics_fail_for_a_part_has_a_verdict(tmp_path: Path) -> None:
+    file = tmp_path / "parts.py"
+    file.write_text(PARTS)
+    found = run_one(SHARDS, f"python:{file}:Broken")
+    assert {verdict.status for verdict in found} == {Status.RAISED}
+    assert all("tactics() failed for gemm_w4a8_fp8_grouped/exact/e5m3n168k128g128" in verdict.reason for verdict in found)
+
+
+def test_other_problems_run_by_their_own_tactics_between_repeats(tmp_path: Path) -> None:
+    """STA-1: a problem for which the tactic under judgement is not named takes its first one, and may leak all the same."""
+    file = tmp_path / "leaky.py"
+    file.write_text(LEAKY + """
+class OneEach(Leaky):
+    def tactics(self, problem):
+        return (f"for_{problem.dim('m')}_{problem.dim('k')}",)
+    def declare(self, problem, tactic):
+        return self.honest.declare(problem, "default")
+    def __init__(self):
+        super().__init__()
+        del self.declare
+""")
+    (leaky,) = run_one("gemm_int4/half/m9n112k128r0/f16.bias/stable/s2", f"python:{file}:OneEach", repeats=2)
+    assert leaky.status is Status.DRIFT
+    assert leaky.reason.startswith("after gemm_int4/")

@@ -176,7 +176,7 @@ def test_the_command_writes_one_report(tmp_path: Path) -> None:
 
 def test_each_process_takes_its_share_of_the_processors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What the user has set stays, and the caller's own variables are as before."""
-    monkeypatch.setattr(os, "cpu_count", lambda: 12)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(12)))
     monkeypatch.delenv("NUMBA_NUM_THREADS", raising=False)
     monkeypatch.setenv("OMP_NUM_THREADS", "7")
     (tmp_path / "odd.py").write_text(ODD)

@@ -17,7 +17,8 @@ import hashlib
 import logging
 import os
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -96,6 +97,17 @@ class _Text:
         return hashlib.sha256(repr((self.context, self.answer, self.feed)).encode()).hexdigest()[:16]
 
 
+@contextmanager
+def _without_cudnn_attention() -> Iterator[None]:
+    """cuDNN's attention plans anew for each length of a text: 40 ms for a token on an H200, 4 without it."""
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    try:
+        yield
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)
+
+
 def evaluate(
     model: str, backend: str | Arm, *, out: Path, reference: str = JUDGE, tasks: Sequence[str] = (), recipe: str = "",
     base: Path | None = None, data: Path | None = None, limit: int | None = None, texts: int = 64, batch: int = 16,
@@ -153,7 +165,6 @@ def evaluate(
         **{f"backend_{key}": value for key, value in identity(own).items()},
         **{f"reference_{key}": value for key, value in identity(judge).items()},
     }
-    torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for each length of a text: 40 ms for a token
     datasets.disable_progress_bars()
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     transformers.utils.logging.disable_progress_bar()
@@ -174,7 +185,7 @@ def evaluate(
         make = {"full": _full_loader(plain, given, config)} | make
     shelf = _Shelf(make | {"echo": _loader(given, Echo(floor, moved), maxima)}, tokenizer, device)
 
-    with threadpool_limits(limits=1, user_api="blas"):
+    with threadpool_limits(limits=1, user_api="blas"), _without_cudnn_attention():
         answered: dict[str, dict[str, list[Answered]]] = {one.name: {} for one in suites}
         for arm in make:
             for one in suites:

@@ -31,7 +31,7 @@ constexpr int PARTS = SPLITS * HALVES;    // of K
 constexpr int BLOCKS = SPLITS * CLUSTER;  // of a cluster
 constexpr int WARPGROUPS = BANDS * HALVES;
 constexpr int THREADS = (WARPGROUPS + 1) * 128;
-constexpr bool MANY = SUMS * (1 + EXACT) >= 64;  // registers that hold sums
+constexpr bool MANY = SUMS * (1 + EXACT) >= (EXACT ? 32 : 64);  // registers that hold sums
 constexpr int REGISTERS = WARPGROUPS == 2 ? 224 : WARPGROUPS == 3 ? 152 : MANY ? 112 : 104;
 constexpr int COPYING = WARPGROUPS == 2 ? 56 : WARPGROUPS == 3 ? 40 : MANY ? 32 : 56;  // registers of the copying warpgroup
 constexpr int OVERLAP = TOKENS < 256;                       // a launch may begin while the one before on the stream ends

@@ -462,7 +462,8 @@ def run(
 ) -> str:
     """Launch the tactic on the stream and return the kernel's name. Raises ValueError for a tactic that `tactics` does not name:
     a part of K that is empty would be waited for without end."""
-    if not takes(tactic, problem.variant, problem.dim("m"), problem.dim("k"), problem.dim("g"), problem.op == OPS[1]):
+    m, k, group, known = problem.dim("m"), problem.dim("k"), problem.dim("g"), tactic in {*TACTICS, *half_precision.TACTICS}
+    if not known or not takes(tactic, problem.variant, m, k, group, problem.op == OPS[1]):
         raise ValueError(f"got tactic {tactic} for {problem}, expected one of tactics(problem): {', '.join(tactics(problem))}")
     return _launch(
         inputs["a"], state.weights, inputs["token_scale"], state.channel_scale, state.bias, outputs["d"].memory,

@@ -37,7 +37,7 @@ struct Problem {
   unsigned* counters;  // [cut tiles, CLUSTER, BANDS]
   long long stride;    // of D, in elements
   schedule::Deal deal;
-  uint32_t half_word;  // 2^16
+  uint32_t half_word;  // 2^16: a factor that the compiler cannot see, for `expand` of gemm_w4a8.cu
   int m, n, k_blocks, n_blocks, experts, half, aligned;
 };
 
@@ -350,9 +350,8 @@ inline cudaError_t beside(Kernel kernel) {
   return cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
 }
 
-// Who multiplies what: at most `most` workers. Returns the number
-// of counters to set to zero, 0 where no tile is cut, -1 where the workspace is too
-// small.
+// Who multiplies what: at most `most` workers. Returns the number of counters to set to zero, 0 where no tile is cut, -1 where the
+// workspace is too small.
 inline int plan(Problem& p, int most, void* workspace, long long workspace_bytes) {
   const long long across = (p.n_blocks + BANDS * CLUSTER - 1) / (BANDS * CLUSTER), down = (p.m + TOKENS - 1) / TOKENS;
   const long long tiles = across * down;

@@ -221,11 +221,12 @@ def check(report: dict[str, Any], wanted: tuple[str, ...]) -> int:
                 if not room.takes(name, variant, m, k, group, False):
                     continue
                 dealt = dealt_of(name)
-                key = name if dealt else ends_of(variant, k, group, room.TACTICS[name].parts)
+                ends = () if dealt else ends_of(variant, k, group, room.TACTICS[name].parts)
+                key = ends or name
                 if key not in known:
                     unit = "half" if name in half_precision.TACTICS else variant
                     known[key] = (tile_by_tile(sample, unit, group, dealt, n, few, products) if dealt else
-                                  sums(sample, unit, group, key, products))
+                                  sums(sample, unit, group, ends, products))
                 for dtype, bias in ((torch.bfloat16, False), (torch.float16, True)):
                     pad = 8 if bias else 3
                     whole = torch.full((m + 1, n + pad), float("nan"), dtype=dtype, device="cuda")
