@@ -100,7 +100,7 @@ class _Text:
 @contextmanager
 def _without_cudnn_attention() -> Iterator[None]:
     """cuDNN's attention plans anew for each length of a text: 40 ms for a token on an H200, 4 without it."""
-    before = torch.backends.cuda.cudnn_sdp_enabled()
+    before = torch.backends.cuda.cudnn_sdp_enabled()  # type: ignore[no-untyped-call]
     torch.backends.cuda.enable_cudnn_sdp(False)
     try:
         yield
